@@ -1,0 +1,62 @@
+"""Token ids in, token ids out: the inference engine behind Millrace.
+
+These names are all that the server may use. Importing this package loads no torch: the engine's
+compute lives in a process of its own, which ``EngineClient`` starts and speaks to.
+"""
+
+from __future__ import annotations
+
+from engine.client import EngineClient
+from engine.config import DEFAULT_MODEL, Device, Dtype, EngineConfig, parse_bytes
+from engine.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineClosed,
+    EngineDied,
+    EngineError,
+    PromptTooLong,
+    RequestError,
+    TemplateError,
+    TokenizerError,
+)
+from engine.hub import resolve_model
+from engine.tokenizer import TextStream, Tokenizer
+from engine.types import (
+    Delta,
+    EngineStats,
+    FinishReason,
+    ModelInfo,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+    Usage,
+)
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "CheckpointError",
+    "ConfigError",
+    "Delta",
+    "Device",
+    "Dtype",
+    "EngineClient",
+    "EngineClosed",
+    "EngineConfig",
+    "EngineDied",
+    "EngineError",
+    "EngineStats",
+    "FinishReason",
+    "ModelInfo",
+    "PromptTooLong",
+    "Request",
+    "RequestError",
+    "SamplingParams",
+    "TemplateError",
+    "TextStream",
+    "TokenLogprobs",
+    "Tokenizer",
+    "TokenizerError",
+    "Usage",
+    "parse_bytes",
+    "resolve_model",
+]

@@ -1,0 +1,98 @@
+"""The engine's settings: frozen, with every "auto" resolved where the model and the device are known."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import msgspec
+
+from engine.errors import ConfigError
+
+__all__ = ["DEFAULT_MODEL", "Device", "Dtype", "EngineConfig", "parse_bytes"]
+
+DEFAULT_MODEL = "pebble"
+"""Name of the bundled model, which lies in ``engine/assets``."""
+
+
+class Dtype(Enum):
+    """Storage type of weights and KV cache. ``auto`` takes the checkpoint's own."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class Device(Enum):
+    """Where the model runs. ``auto`` takes a GPU if there is one."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the engine process is started with.
+
+    Raises ConfigError on a value that can never work, whatever the model.
+    """
+
+    model: str = DEFAULT_MODEL
+    """A checkpoint directory, a name on the Hugging Face hub, or the bundled model's name."""
+    served_name: str | None = None
+    """Name under which the API shows the model; default: the last part of ``model``."""
+    dtype: Dtype = Dtype.AUTO
+    device: Device = Device.AUTO
+    max_model_len: int | None = None
+    """Most tokens of prompt and answer together; None: what the checkpoint states."""
+    kv_memory_bytes: int | None = None
+    """Size of the KV cache; None: from what the device has free."""
+    max_num_tokens: int = 2048
+    """Most tokens computed in one step, over all requests."""
+    max_num_seqs: int = 256
+    """Most requests that run at once."""
+    block_size: int = 16
+    """Tokens in a KV block."""
+    num_threads: int | None = None
+    """Compute threads on a CPU; None: from the cores this process may use."""
+    prefix_cache: bool = True
+    chunk_tokens: int | None = None
+    """Most prompt tokens of one request in one step; None: up to ``max_num_tokens``."""
+    check_integrity: bool = False
+    """Check the block pool's books whenever the engine is idle (debugging, tests)."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_tokens", "max_num_seqs", "block_size"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("max_model_len", "num_threads", "chunk_tokens"):
+            if (value := getattr(self, name)) is not None:
+                _at_least(name, value, 1)
+        if self.block_size & (self.block_size - 1):
+            raise ConfigError(f"block_size is {self.block_size}; it must be a power of two")
+        if self.kv_memory_bytes is not None:
+            _at_least("kv_memory_bytes", self.kv_memory_bytes, 1)
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name} is {value}; it must be at least {least}")
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as ``512MiB``, ``4G`` or ``1073741824``.
+
+    Raises ConfigError when the text is not a positive number with an optional unit.
+    """
+    body = text.strip().lower().removesuffix("b")
+    number = body.rstrip("kmgi")
+    unit = body[len(number) :]
+    try:
+        size = int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise ConfigError(f"{text!r} is not a size; write for example 512MiB, 4GiB or 1073741824")
+    return size

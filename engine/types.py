@@ -1,0 +1,152 @@
+"""The values that cross the engine's border: requests in, deltas and figures out.
+
+Everything here is a frozen ``msgspec.Struct``: it is its own wire format on the link between the
+server and the engine process, it validates on decoding, and it never holds a tensor.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import msgspec
+
+__all__ = [
+    "Delta",
+    "EngineStats",
+    "FinishReason",
+    "ModelInfo",
+    "Request",
+    "SamplingParams",
+    "TokenLogprobs",
+    "Usage",
+]
+
+
+class FinishReason(Enum):
+    """Why a request ended. Every request ends with exactly one of these."""
+
+    STOP = "stop"
+    """An end-of-sequence or stop token was sampled."""
+    LENGTH = "length"
+    """``max_tokens`` or the model's context was reached."""
+    ABORT = "abort"
+    """The caller asked for it."""
+    ERROR = "error"
+    """The engine could not go on with this request; ``Delta.error`` says why."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose tokens. Already validated and resolved: the engine checks nothing here twice."""
+
+    max_tokens: int
+    """Most tokens to generate, >= 1; already capped by the context length."""
+    min_tokens: int = 0
+    """End and stop tokens are masked until this many tokens were generated."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 is off."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    """Token id to the amount added to its logit."""
+    seed: int = 0
+    """The draw at position p depends on (seed, p, logits) and nothing else. 0 <= seed < 2**63."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the answer, in addition to the model's end-of-sequence tokens."""
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """With n: the chosen token's log-probability and the n most likely; None: nothing."""
+    prompt_logprobs: int | None = None
+    """The same for each prompt token but the first."""
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One sequence to continue."""
+
+    request_id: str
+    prompt_ids: list[int]
+    """At least one token id of the model's vocabulary."""
+    sampling: SamplingParams
+    priority: int = 0
+    """Lower goes first; equal priorities go in order of arrival."""
+    cache_salt: str = ""
+    """Requests share cached prefixes only under the same salt, so that no tenant can time another's prompts."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position, of the model's unmodified distribution."""
+
+    logprob: float
+    """Of the token that is there."""
+    rank: int
+    """1 is the most likely token."""
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class Usage(msgspec.Struct, frozen=True, array_like=True):
+    """What a request cost, in tokens."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens whose state came from the prefix cache."""
+    completion_tokens: int
+    preemptions: int
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, array_like=True):
+    """What one step added to one request. The last delta of a request carries ``finish_reason`` and ``usage``."""
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Once, with the first delta: one entry for each prompt token but the first."""
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    error: str | None = None
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server must know of the loaded model."""
+
+    name: str
+    max_model_len: int
+    """Most tokens of prompt and answer together."""
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    num_parameters: int
+    dtype: str
+    device: str
+    block_size: int
+    num_blocks: int
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """State of the engine after a step; counters only grow while the engine process lives."""
+
+    waiting: int = 0
+    running: int = 0
+    num_blocks: int = 0
+    """Blocks a request may hold (the scratch block not counted)."""
+    free_blocks: int = 0
+    """Blocks no request holds: empty ones and those the prefix cache could give back."""
+    cached_blocks: int = 0
+    """Of the free ones, those that hold a reusable prefix."""
+    steps: int = 0
+    prompt_tokens: int = 0
+    """Prompt tokens computed (not those taken from the cache)."""
+    cached_tokens: int = 0
+    """Prompt tokens taken from the prefix cache."""
+    queried_tokens: int = 0
+    """Prompt tokens looked up in the prefix cache."""
+    generation_tokens: int = 0
+    preemptions: int = 0
+    step_s: float = 0.0
+    """Duration of the last step, seconds."""
+    busy_s: float = 0.0
+    """Seconds spent in steps."""

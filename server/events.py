@@ -1,0 +1,163 @@
+"""The events of a turn: the Responses API's streaming events, which every other dialect projects.
+
+An event is a frozen struct whose ``type`` is its tag on the wire. ``sequence_number`` is dense from 0
+within a turn and is set by the journal when the event is appended. Fields that OpenAI does not have
+(``token_ids``, ``ResponsePrompt``) are extensions; clients of the Responses API ignore them.
+
+Order within one turn::
+
+    created, in_progress, [prompt]*,
+    per output item (one a choice; items of several choices interleave):
+        output_item.added, content_part.added, output_text.delta*, output_text.done,
+        content_part.done, output_item.done
+    exactly one of: completed | incomplete | failed | cancelled
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+__all__ = [
+    "TERMINAL_EVENTS",
+    "ContentPartAdded",
+    "ContentPartDone",
+    "Event",
+    "OutputItemAdded",
+    "OutputItemDone",
+    "OutputTextDelta",
+    "OutputTextDone",
+    "ResponseCancelled",
+    "ResponseCompleted",
+    "ResponseCreated",
+    "ResponseFailed",
+    "ResponseInProgress",
+    "ResponseIncomplete",
+    "ResponsePrompt",
+    "TokenLogprob",
+    "TopLogprob",
+]
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    """An alternative at one position. ``bytes`` are the token's UTF-8 bytes."""
+
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """The chosen token at one position with its alternatives, in OpenAI's shape."""
+
+    token: str
+    bytes: list[int]
+    logprob: float
+    top_logprobs: list[TopLogprob]
+
+
+class Event(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="type", omit_defaults=True
+):
+    """Base of all events."""
+
+    sequence_number: int = msgspec.UNSET  # type: ignore[assignment]
+
+
+class _ResponseEvent(Event, frozen=True, kw_only=True):
+    """An event that carries the whole response object as it stands at that moment."""
+
+    response: dict[str, Any]
+
+
+class ResponseCreated(_ResponseEvent, frozen=True, kw_only=True, tag="response.created"):
+    """The turn exists and its journal is open."""
+
+
+class ResponseInProgress(_ResponseEvent, frozen=True, kw_only=True, tag="response.in_progress"):
+    """The engine has accepted the turn."""
+
+
+class ResponsePrompt(Event, frozen=True, kw_only=True, tag="response.millrace.prompt"):
+    """The prompt as the model saw it; only when the request asked for token ids, echo or prompt logprobs."""
+
+    output_index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob | None] | None = None
+    """One entry a prompt token, the first None; or None as a whole when not asked for."""
+
+
+class OutputItemAdded(Event, frozen=True, kw_only=True, tag="response.output_item.added"):
+    """A new output item (a message) begins; for n > 1 ``output_index`` is the choice's index."""
+
+    output_index: int
+    item: dict[str, Any]
+
+
+class ContentPartAdded(Event, frozen=True, kw_only=True, tag="response.content_part.added"):
+    """A part of an item begins."""
+
+    item_id: str
+    output_index: int
+    content_index: int
+    part: dict[str, Any]
+
+
+class OutputTextDelta(Event, frozen=True, kw_only=True, tag="response.output_text.delta"):
+    """Text that one or more engine steps added. ``delta`` may be empty when ``token_ids`` hold part of a character."""
+
+    item_id: str
+    output_index: int
+    content_index: int
+    delta: str
+    logprobs: list[TokenLogprob] | None = None
+    token_ids: list[int] | None = None
+    """Only when the request asked for them."""
+
+
+class OutputTextDone(Event, frozen=True, kw_only=True, tag="response.output_text.done"):
+    """The text of a part is final."""
+
+    item_id: str
+    output_index: int
+    content_index: int
+    text: str
+
+
+class ContentPartDone(Event, frozen=True, kw_only=True, tag="response.content_part.done"):
+    """A part is final."""
+
+    item_id: str
+    output_index: int
+    content_index: int
+    part: dict[str, Any]
+
+
+class OutputItemDone(Event, frozen=True, kw_only=True, tag="response.output_item.done"):
+    """An item is final. ``finish_reason`` ("stop", "length") and ``stop_reason`` are extensions that other dialects need."""
+
+    output_index: int
+    item: dict[str, Any]
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    """The stop string or stop token id that ended the item, if one did."""
+
+
+class ResponseCompleted(_ResponseEvent, frozen=True, kw_only=True, tag="response.completed"):
+    """Terminal: every item ended by itself."""
+
+
+class ResponseIncomplete(_ResponseEvent, frozen=True, kw_only=True, tag="response.incomplete"):
+    """Terminal: at least one item was cut by a limit; ``incomplete_details.reason`` names it."""
+
+
+class ResponseFailed(_ResponseEvent, frozen=True, kw_only=True, tag="response.failed"):
+    """Terminal: the turn could not go on; ``response.error`` says why."""
+
+
+class ResponseCancelled(_ResponseEvent, frozen=True, kw_only=True, tag="response.cancelled"):
+    """Terminal: a client, or the server's drain, ended the turn."""
+
+
+TERMINAL_EVENTS = (ResponseCompleted, ResponseIncomplete, ResponseFailed, ResponseCancelled)

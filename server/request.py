@@ -1,0 +1,67 @@
+"""What every dialect's request becomes: one ``TurnRequest``, validated and free of wire formats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+__all__ = ["SamplingOptions", "TurnRequest"]
+
+
+class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Sampling as the client asked for it; ranges already checked, None means "the model's default"."""
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    """Stop strings; the text before the first of them is the answer."""
+    include_stop_str_in_output: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One turn: one or more prompts, each answered ``n`` times.
+
+    Exactly one of ``messages`` (rendered through the chat template) and ``prompts`` is given. Choice
+    ``i`` of prompt ``p`` has ``output_index`` p * n + i and, where a seed is given, seed + i.
+    """
+
+    dialect: str
+    """"responses", "chat" or "completions"."""
+    model: str
+    messages: list[dict[str, Any]] | None = None
+    """Chat messages in Chat Completions' shape, text only; instructions and history already in place."""
+    prompts: list[str | list[int]] | None = None
+    template_kwargs: dict[str, Any] = {}
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    n: int = 1
+    sampling: SamplingOptions = SamplingOptions()
+    priority: int = 0
+    stream: bool = False
+    return_token_ids: bool = False
+    echo: bool = False
+    skip_special_tokens: bool = True
+    store: bool = False
+    on_disconnect: str = "cancel"
+    """"cancel" or "finish"."""
+    owner: str = ""
+    """Digest of the caller's API key, or "" where none is needed; what is stored belongs to it."""
+    response_fields: dict[str, Any] = {}
+    """Fields of the Responses object that only echo the request (instructions, metadata, previous_response_id, …)."""
+    conversation_id: str | None = None
+    input_items: list[dict[str, Any]] = []
+    """The turn's new input as Responses items, for storage."""
