@@ -6,7 +6,7 @@ compute lives in a process of its own, which ``EngineClient`` starts and speaks 
 
 from __future__ import annotations
 
-from engine.client import EngineClient
+from engine.client import EngineClient, EngineState, RequestStream
 from engine.config import DEFAULT_MODEL, Device, Dtype, EngineConfig, parse_bytes
 from engine.errors import (
     CheckpointError,
@@ -44,12 +44,14 @@ __all__ = [
     "EngineConfig",
     "EngineDied",
     "EngineError",
+    "EngineState",
     "EngineStats",
     "FinishReason",
     "ModelInfo",
     "PromptTooLong",
     "Request",
     "RequestError",
+    "RequestStream",
     "SamplingParams",
     "TemplateError",
     "TextStream",

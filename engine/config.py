@@ -1,4 +1,4 @@
-"""The engine's settings: frozen, with every "auto" resolved where the model and the device are known."""
+"""The engine's settings: frozen; "auto" is resolved where model and device are known."""
 
 from __future__ import annotations
 

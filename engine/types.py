@@ -36,7 +36,7 @@ class FinishReason(Enum):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How to choose tokens. Already validated and resolved: the engine checks nothing here twice."""
+    """How to choose tokens, validated and resolved: the engine checks nothing here twice."""
 
     max_tokens: int
     """Most tokens to generate, >= 1; already capped by the context length."""
@@ -74,7 +74,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     priority: int = 0
     """Lower goes first; equal priorities go in order of arrival."""
     cache_salt: str = ""
-    """Requests share cached prefixes only under the same salt, so that no tenant can time another's prompts."""
+    """Prefixes are shared only under the same salt: no tenant can time another's prompts."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -99,7 +99,7 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, array_like=True):
-    """What one step added to one request. The last delta of a request carries ``finish_reason`` and ``usage``."""
+    """What one step added to one request; the last one carries finish_reason and usage."""
 
     request_id: str
     token_ids: list[int]

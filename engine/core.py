@@ -1,0 +1,109 @@
+"""The engine process's loop: receive, plan, forward, commit, emit."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from engine.errors import RequestError
+from engine.link import HEARTBEAT_S, Abort, FromEngine, Step, Submit, ToEngine
+from engine.scheduler import Plan, Scheduler, StepOutput
+from engine.types import Delta, EngineStats, FinishReason, Request, Usage
+
+__all__ = ["Channel", "Core", "Forward"]
+
+
+class Channel(Protocol):
+    """The engine's end of the link."""
+
+    def receive(self, timeout_s: float) -> list[ToEngine]:
+        """Return what has come, waiting up to ``timeout_s`` for the first message."""
+        ...
+
+    def send(self, message: FromEngine) -> None:
+        """Hand a message over without waiting for its reader."""
+        ...
+
+
+class Forward(Protocol):
+    """What turns a plan into tokens."""
+
+    def step(self, plan: Plan) -> StepOutput:
+        """Compute the plan's rows and draw a token for those that sample."""
+        ...
+
+
+class Core:
+    """Drives one scheduler and one runner until the link closes."""
+
+    def __init__(
+        self, link: Channel, scheduler: Scheduler, runner: Forward, *, check_integrity: bool = False
+    ) -> None:
+        self._link = link
+        self._scheduler = scheduler
+        self._runner = runner
+        self._check_integrity = check_integrity
+        self._steps = 0
+        self._step_s = 0.0
+        self._busy_s = 0.0
+
+    def run(self) -> None:
+        """Serve until the server closes its end, which raises LinkClosed."""
+        while True:
+            self.turn()
+
+    def turn(self) -> None:
+        """Do one round: take what has come, compute one step, hand out what it brought."""
+        deltas = self._receive()
+        started = time.perf_counter()
+        plan = self._scheduler.plan()
+        if plan.rows:
+            output = self._runner.step(plan)
+            deltas += self._scheduler.commit(plan, output)
+            self._count_step(time.perf_counter() - started)
+        elif self._check_integrity and not self._scheduler.has_work:
+            self._scheduler.check_integrity()
+        self._link.send(Step(deltas, self.stats()))
+
+    def stats(self) -> EngineStats:
+        """Return the engine's figures as they stand."""
+        return EngineStats(
+            **self._scheduler.stats(),
+            steps=self._steps,
+            step_s=self._step_s,
+            busy_s=self._busy_s,
+        )
+
+    def _receive(self) -> list[Delta]:
+        """Apply incoming messages; wait for them only when there is nothing to compute."""
+        deltas = []
+        timeout_s = 0.0 if self._scheduler.has_work else HEARTBEAT_S
+        for message in self._link.receive(timeout_s):
+            match message:
+                case Submit(request):
+                    if refusal := self._add(request):
+                        deltas.append(refusal)
+                case Abort(request_id):
+                    if last := self._scheduler.abort(request_id):
+                        deltas.append(last)
+                case _:
+                    raise AssertionError(f"{type(message).__name__} after the start")
+        return deltas
+
+    def _add(self, request: Request) -> Delta | None:
+        try:
+            self._scheduler.add(request)
+        except RequestError as error:
+            return Delta(
+                request_id=request.request_id,
+                token_ids=[],
+                finish_reason=FinishReason.ERROR,
+                usage=Usage(len(request.prompt_ids), 0, 0, 0),
+                error=str(error),
+            )
+        return None
+
+    def _count_step(self, duration_s: float) -> None:
+        self._steps += 1
+        self._step_s = duration_s
+        self._busy_s += duration_s
