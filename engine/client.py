@@ -71,7 +71,7 @@ class RequestStream:
 
     It is a mailbox of one slot: deltas that arrive before the reader comes are merged into one, so
     a slow reader costs no memory per step. Leaving early needs ``aclose``, which aborts the
-    request. Iterating raises EngineDied, EngineClosed or RequestError when the request cannot go on.
+    request. Iterating raises EngineDied, EngineClosed or RequestError when it cannot go on.
     """
 
     def __init__(self, request_id: str, on_leave: Callable[[str], None]) -> None:

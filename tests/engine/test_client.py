@@ -53,8 +53,9 @@ async def test_start_reports_progress_and_the_model() -> None:
     pid = client.pid
     assert pid is not None
     await client.close()
-    assert client.state is EngineState.CLOSED
     assert not psutil.pid_exists(pid)
+    with pytest.raises(EngineClosed, match="closed"):
+        client.generate(request("late", [0]))
 
 
 async def test_requests_get_their_own_tokens_in_order(client: EngineClient) -> None:

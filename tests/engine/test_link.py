@@ -71,7 +71,8 @@ def test_a_reader_that_stalls_does_not_block_the_engine() -> None:
         for message in sent:
             link.send(message)
         theirs.settimeout(5)
-        buffer, got = bytearray(), []
+        buffer = bytearray()
+        got: list[bytes] = []
         while len(got) < len(sent):
             buffer += theirs.recv(1 << 20)
             got += pop_frames(buffer)

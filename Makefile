@@ -1,0 +1,83 @@
+# Everything a person needs is a target here; `make` alone lists them.
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test check bench page pebble system-packages clean
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+DEV    := $(VENV)/.installed-dev
+HOST   ?= 127.0.0.1
+PORT   ?= 8000
+
+help:
+	@echo "make serve    set up, start the server and the chat page on the bundled model (HOST, PORT, MODEL)"
+	@echo "make test     set up, run every test (needs Redis and Chromium; installs them where it may)"
+	@echo "make check    ruff, strict mypy, import layers"
+	@echo "make setup    only the set-up: .venv with the command .venv/bin/millrace"
+	@echo "make page     build the chat page (Node.js 20 or newer)"
+	@echo "make bench    the benchmark tables (quiet machine; BENCH=engine|serve|kernels for one)"
+	@echo "make pebble   train the bundled model anew (DATA=folder of packed text, MINUTES=90)"
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Millrace needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e . -c constraints.txt
+	@touch $@
+
+$(DEV): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+setup: $(STAMP) page-if-possible
+
+PAGE_SOURCES := $(shell find web -path web/node_modules -prune -o -path web/dist -prune -o -type f -print 2>/dev/null)
+
+web/node_modules/.installed: web/package.json web/package-lock.json
+	cd web && npm ci --no-audit --no-fund --loglevel=error
+	@touch $@
+
+web/dist/index.html: web/node_modules/.installed $(PAGE_SOURCES)
+	cd web && npm run --silent build
+	@touch $@
+
+page: web/dist/index.html
+
+.PHONY: page-if-possible
+page-if-possible:
+	@if command -v npm >/dev/null && node -e 'process.exit(+process.versions.node.split(".")[0] < 20)'; then \
+		$(MAKE) --no-print-directory page; \
+	else \
+		echo "No Node.js 20 or newer here: the API works, the chat page is not built. Install Node.js, then: make page"; \
+	fi
+
+serve: setup
+	$(BIN)/millrace serve $(MODEL) --host $(HOST) --port $(PORT)
+
+system-packages:
+	@sh tests/system_packages.sh
+
+test: $(DEV) system-packages page-if-possible
+	@if [ -f web/node_modules/.installed ]; then cd web && npm run --silent check && npm test --silent; fi
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+check: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+BENCH ?= kernels engine serve
+bench: $(DEV)
+	@for table in $(BENCH); do $(BIN)/python -m tests.bench.$$table || exit 1; done
+
+MINUTES ?= 90
+pebble: $(DEV)
+	@test -n "$(DATA)" || { echo "Say where the training text lies: make pebble DATA=folder"; exit 2; }
+	$(BIN)/python -m engine.train --data $(DATA) --out engine/assets/pebble --minutes $(MINUTES)
+
+clean:
+	rm -rf $(VENV) build web/dist web/node_modules
