@@ -1,0 +1,98 @@
+"""Random Qwen3 checkpoints of given shapes, in the Hugging Face layout, for benchmarks.
+
+Weights are random, so answers mean nothing; time and memory are those of a trained model. The
+bundled tokenizer is copied beside them so that the server can start.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+
+__all__ = ["SHAPES", "Shape", "make_checkpoint"]
+
+PEBBLE = Path(__file__).resolve().parents[2] / "engine" / "assets" / "pebble"
+
+
+class Shape(NamedTuple):
+    """The sizes of a dense Qwen3 model. The head is tied to the embedding."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+
+
+SHAPES = {
+    "46m": Shape(512, 12, 8, 4, 64, 1536, 16384),
+    "0.6b": Shape(1024, 28, 16, 8, 128, 3072, 151936),
+}
+
+
+def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the names and shapes of all parameters."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    yield "model.embed_tokens.weight", (shape.vocab_size, hidden)
+    yield "model.norm.weight", (hidden,)
+    for layer in range(shape.num_layers):
+        name = f"model.layers.{layer}."
+        yield name + "input_layernorm.weight", (hidden,)
+        yield name + "post_attention_layernorm.weight", (hidden,)
+        yield name + "self_attn.q_norm.weight", (shape.head_dim,)
+        yield name + "self_attn.k_norm.weight", (shape.head_dim,)
+        yield name + "self_attn.q_proj.weight", (q_size, hidden)
+        yield name + "self_attn.k_proj.weight", (kv_size, hidden)
+        yield name + "self_attn.v_proj.weight", (kv_size, hidden)
+        yield name + "self_attn.o_proj.weight", (hidden, q_size)
+        yield name + "mlp.gate_proj.weight", (inner, hidden)
+        yield name + "mlp.up_proj.weight", (inner, hidden)
+        yield name + "mlp.down_proj.weight", (hidden, inner)
+
+
+def make_checkpoint(
+    shape: Shape, folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> Path:
+    """Write a checkpoint of this shape into ``folder`` and return the folder."""
+    torch.manual_seed(seed)
+    state = {
+        name: torch.ones(size, dtype=dtype)
+        if len(size) == 1
+        else (torch.randn(size) * size[1] ** -0.5).to(dtype)
+        for name, size in tensors(shape)
+    }
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.intermediate_size,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    for name in ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja"):
+        if (PEBBLE / name).exists():
+            shutil.copy(PEBBLE / name, folder / name)
+    return folder

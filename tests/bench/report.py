@@ -1,0 +1,78 @@
+"""One way to show and keep figures: a table in the terminal and a CSV with date, commit and device."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["RESULTS", "Report", "device_name"]
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name() -> str:
+    """Return the processor's name and the number of cores this process may use."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def _commit() -> str:
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return run.stdout.strip() or "unknown"
+
+
+class Report:
+    """Rows of one benchmark. ``add`` prints nothing; ``show`` prints and writes everything."""
+
+    def __init__(self, name: str, columns: Sequence[str]) -> None:
+        self.name = name
+        self.columns = list(columns)
+        self.rows: list[dict[str, str]] = []
+
+    def add(self, **figures: object) -> None:
+        """Add a row; floats keep three significant digits or whole numbers when large."""
+        self.rows.append({key: _text(value) for key, value in figures.items()})
+
+    def show(self, device: str | None = None) -> Path:
+        """Print the table and write the CSV, whose path it returns."""
+        device = device or device_name()
+        stamp: Mapping[str, str] = {
+            "date": time.strftime("%Y-%m-%d"),
+            "commit": _commit(),
+            "device": device,
+        }
+        table = Table(title=f"{self.name} ({device})", title_justify="left")
+        for column in self.columns:
+            table.add_column(column, justify="right" if column != self.columns[0] else "left")
+        for row in self.rows:
+            table.add_row(*(row.get(column, "") for column in self.columns))
+        Console(width=None).print(table)
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{self.name}.csv"
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [*stamp, *self.columns])
+            writer.writeheader()
+            writer.writerows({**stamp, **row} for row in self.rows)
+        return path
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
