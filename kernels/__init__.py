@@ -1,0 +1,49 @@
+"""Kernels: tensors and integers in, tensors out. No configuration objects, no engine types.
+
+``select`` picks the backend of a device; ``Ops`` says what every backend offers.
+"""
+
+# This package sets no ``__version__``: transformers looks for a package called ``kernels`` and
+# takes one with a version for the Hugging Face project of that name.
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from kernels.interface import BackendUnavailable, KernelError, Ops, PackedLinear
+
+__all__ = ["BackendUnavailable", "KernelError", "Ops", "PackedLinear", "select"]
+
+
+def select(device: torch.device | str) -> Ops:
+    """The ops for tensors on ``device``.
+
+    ``MILLRACE_KERNELS`` in the environment overrides the choice: ``reference`` is the plain-torch
+    oracle (any device), ``torch`` the compiler-free CPU backend, ``auto`` (default) the best.
+
+    Raises:
+        BackendUnavailable: no backend for this device, or the override is not one of the above.
+    """
+    kind = torch.device(device).type
+    forced = os.environ.get("MILLRACE_KERNELS", "auto")
+    if forced == "reference":
+        from kernels.reference import ReferenceOps
+
+        return ReferenceOps()
+    if forced not in ("auto", "torch"):
+        raise BackendUnavailable(
+            f"MILLRACE_KERNELS must be auto, reference or torch, got {forced!r}"
+        )
+    if kind != "cpu":
+        raise BackendUnavailable(
+            f"no kernels for device {kind!r} yet: use 'cpu', or MILLRACE_KERNELS=reference"
+        )
+    if forced == "torch":
+        from kernels.cpu.fallback import TorchOps
+
+        return TorchOps()
+    from kernels import cpu
+
+    return cpu.load()
