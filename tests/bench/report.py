@@ -1,4 +1,4 @@
-"""One way to show and keep figures: a table in the terminal and a CSV with date, commit and device."""
+"""Show and keep figures: a table in the terminal, a CSV with date, commit and device."""
 
 from __future__ import annotations
 
