@@ -1,0 +1,1 @@
+"""Wire formats, sans-I/O: request JSON to a TurnRequest, events to frames."""
