@@ -65,7 +65,7 @@ def _load(link: Link, configure: Configure) -> tuple[Core, ModelInfo]:
     runner = Runner(config, lambda stage, fraction: link.send(Loading(stage, fraction)))
     info = runner.info
     cache = CacheManager(
-        [FullAttentionGroup(info.block_size)],
+        [FullAttentionGroup()],
         num_blocks=info.num_blocks,
         block_size=info.block_size,
         enable_prefix_cache=config.prefix_cache,

@@ -23,7 +23,7 @@ BlockKey = tuple[int, bytes]
 
 
 class InvariantError(EngineError):
-    """The engine's books contradict themselves, or a caller broke the contract of plan and commit."""
+    """The engine's books contradict themselves, or a caller broke a contract."""
 
 
 class BlockPool:
@@ -36,7 +36,7 @@ class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         if num_blocks < 2:
             raise InvariantError(
-                f"a pool of {num_blocks} blocks holds nothing; it needs the scratch block and one more"
+                f"a pool of {num_blocks} blocks is too small; 2 are the least (one is scratch)"
             )
         self.num_blocks = num_blocks
         self._ref_counts = [0] * num_blocks
@@ -157,7 +157,9 @@ class BlockPool:
     def _check_block(self, block: int, holders: int, free: bool) -> None:
         count, key = self._ref_counts[block], self._keys[block]
         if count != holders:
-            raise InvariantError(f"block {block} counts {count} references but has {holders} holders")
+            raise InvariantError(
+                f"block {block} counts {count} references and has {holders} holders"
+            )
         if free != (count == 0):
             raise InvariantError(f"block {block} has {count} holders and free is {free}")
         if key is not None and self._index.get(key) != block:

@@ -1,10 +1,10 @@
 """CacheManager: which blocks hold the state of which request, and which prefixes can be shared.
 
 A full block is named by a chained digest: of its own tokens and of the digest of the block before
-it, back to a root made of the request's cache salt. Equal names therefore mean equal salts and equal
-tokens from position 0 on, which is what makes a block's content reusable (attention state depends
-on all tokens before it). Digests are BLAKE2b (RFC 7693), not ``hash()``: a collision would show one
-request the state of another.
+it, back to a root made of the request's cache salt. Equal names therefore mean equal salts and
+equal tokens from position 0 on, which is what makes a block's content reusable (attention state
+depends on all tokens before it). Digests are BLAKE2b (RFC 7693), not ``hash()``: a collision would
+show one request the state of another.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class CacheGroup(Protocol):
     def longest_hit(self, limit: int, is_cached: Callable[[int], bool]) -> int:
         """Most token blocks, at most ``limit``, whose state this group can take from the cache.
 
-        ``is_cached(i)`` says whether this group's block with the digest of token block ``i`` exists.
+        ``is_cached(i)`` says whether this group has a block with the digest of token block ``i``.
         """
         ...
 

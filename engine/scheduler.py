@@ -1,0 +1,386 @@
+"""The scheduler: pure ``plan()`` and ``commit()``, without torch, clock or I/O.
+
+There is no prefill phase and no decode phase. A request has tokens, some of them computed; each
+step brings it closer to its token count, and a step that catches up draws one more token.
+Generating is being one token behind, reading a prompt is being many behind, and a preempted request
+that returns is simply far behind again.
+
+Why nothing stalls: running requests are kept in (priority, arrival) order and give way from the
+end, so the first in order never gives way; ``add`` refuses what would not fit into the empty pool,
+so once it is alone it fits; seats never outnumber the token budget, so it always has a token to
+compute.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, insort
+from collections.abc import Collection
+from operator import attrgetter
+
+from engine.blocks import InvariantError
+from engine.cache import CacheManager
+from engine.errors import PromptTooLong, RequestError
+from engine.steps import Phase, Plan, RequestState, Row, StepOutput
+from engine.types import Delta, FinishReason, Request, TokenLogprobs
+
+__all__ = ["InvariantError", "Phase", "Plan", "RequestState", "Row", "Scheduler", "StepOutput"]
+
+_HEADROOM_STEPS = 4
+"""A request is let in only if those running can also grow for this many steps: one let in to be
+preempted at once would compute its prompt for nothing."""
+
+_by_order = attrgetter("order")
+
+
+class Scheduler:
+    """Decides what each step computes, and what its outcome means for each request.
+
+    Args:
+        cache: where requests keep their state; this scheduler is its only user.
+        max_num_tokens: most tokens computed in one step, >= 1.
+        max_num_seqs: most requests that run at once, >= 1; capped by ``max_num_tokens``.
+        max_model_len: most tokens of prompt and answer together.
+        eos_token_ids: tokens that end an answer unless its request ignores them.
+        chunk_tokens: most tokens of one request in one step; None: up to ``max_num_tokens``.
+    """
+
+    def __init__(
+        self,
+        cache: CacheManager,
+        *,
+        max_num_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        eos_token_ids: Collection[int],
+        chunk_tokens: int | None = None,
+    ) -> None:
+        self._cache = cache
+        self._max_num_tokens = max_num_tokens
+        self._max_num_seqs = min(max_num_seqs, max_num_tokens)
+        self._max_model_len = max_model_len
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._chunk_tokens = max_num_tokens if chunk_tokens is None else chunk_tokens
+        self._requests: dict[str, RequestState] = {}
+        # Both in order of (priority, arrival).
+        self._waiting: list[RequestState] = []
+        self._running: list[RequestState] = []
+        self._arrivals = 0
+        self._plan: Plan | None = None
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        self._queried_tokens = 0
+        self._generation_tokens = 0
+        self._preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is waiting or running."""
+        return bool(self._requests)
+
+    def stats(self) -> dict[str, int]:
+        """Those fields of EngineStats that the scheduler knows."""
+        return {
+            "waiting": len(self._waiting),
+            "running": len(self._running),
+            "num_blocks": self._cache.num_usable,
+            "free_blocks": self._cache.num_free,
+            "cached_blocks": self._cache.num_cached,
+            "prompt_tokens": self._prompt_tokens,
+            "cached_tokens": self._cached_tokens,
+            "queried_tokens": self._queried_tokens,
+            "generation_tokens": self._generation_tokens,
+            "preemptions": self._preemptions,
+        }
+
+    def add(self, request: Request) -> None:
+        """Let a request wait for its turn.
+
+        Raises RequestError for an id that is in flight, a prompt that is empty or not made of token
+        ids, or a request that could never fit into the KV cache; PromptTooLong for a prompt that
+        leaves no room in the model's context.
+        """
+        if request.request_id in self._requests:
+            raise RequestError(
+                f"request_id {request.request_id!r} is in flight already; each needs its own",
+                param="request_id",
+            )
+        self._check_prompt(request)
+        holding = self._cache.hold(request.cache_salt)
+        state = RequestState(
+            request, self._arrivals, holding, self._max_model_len, self._eos_token_ids
+        )
+        # The last token is only drawn: its state is never computed.
+        if self._cache.blocks_for(state.max_len - 1) > self._cache.num_usable:
+            raise RequestError(
+                f"{state.num_prompt} prompt tokens and {state.max_len - state.num_prompt} more do "
+                f"not fit into the KV cache; ask for {self._cache.max_tokens + 1} in all at most",
+                param="max_tokens",
+            )
+        self._arrivals += 1
+        self._requests[request.request_id] = state
+        insort(self._waiting, state, key=_by_order)
+
+    def abort(self, request_id: str) -> Delta | None:
+        """End a request now and free its blocks; its part of a step in flight will be ignored.
+
+        Returns its last delta, or None if no such request is in flight.
+        """
+        return self._end_early(request_id, FinishReason.ABORT, None)
+
+    def fail(self, request_id: str, message: str) -> Delta | None:
+        """End a request that cannot go on; as ``abort``, but its last delta carries an error."""
+        return self._end_early(request_id, FinishReason.ERROR, message)
+
+    def plan(self) -> Plan:
+        """Choose the rows of the next step and give them blocks.
+
+        First the requests that need one token, so that nobody's answer waits for another's prompt;
+        what is left of the budget goes to prompts in order. A plan that was not committed is
+        replaced by the next one.
+        """
+        self._admit_urgent()
+        rows, behind, budget = self._plan_single_tokens()
+        position = 0
+        admitting = True
+        while budget > 0:
+            state = behind[position] if position < len(behind) else None
+            if admitting and self._waiting:
+                head = self._waiting[0]
+                if state is None or head.order < state.order:
+                    admitting = self._admit(head)
+                    if not admitting:
+                        continue
+                    state, position = head, position - 1
+            if state is None:
+                break
+            position += 1
+            start = state.num_computed
+            left = len(state.token_ids) - start
+            num_new = min(left, budget, self._chunk_tokens)
+            wants = state.wants_prompt_logprobs and start < state.num_prompt - 1
+            rows.append(Row(state, start, num_new, num_new == left, wants))
+            budget -= num_new
+        self._plan = Plan(rows, self._max_num_tokens - budget)
+        return self._plan
+
+    def commit(self, plan: Plan, output: StepOutput) -> list[Delta]:
+        """Enter the outcome of the latest plan; returns what it added, in plan order.
+
+        Rows of requests that were aborted meanwhile are passed over. A drawn token that ends the
+        answer is part of its delta. End and stop tokens end it only once ``min_tokens`` were
+        generated before them. Raises InvariantError when plan or output is not the expected one.
+        """
+        if plan is not self._plan:
+            raise InvariantError("commit() takes the latest plan, once")
+        self._plan = None
+        self._check_output(plan, output)
+        deltas: list[Delta] = []
+        drawn = 0
+        finished = False
+        for index, row in enumerate(plan.rows):
+            state = row.state
+            if state.phase is Phase.RUNNING:
+                self._advance(row, output.prompt_logprobs.get(index))
+                if row.samples:
+                    delta = self._append(state, output.token_ids[drawn], output.logprobs[drawn])
+                    deltas.append(delta)
+                    finished = finished or delta.finish_reason is not None
+            drawn += row.samples
+        if finished:
+            self._running = [state for state in self._running if state.phase is Phase.RUNNING]
+        return deltas
+
+    def check_integrity(self) -> None:
+        """Compare all books, the cache's included. Raises InvariantError naming a contradiction."""
+        self._cache.check_integrity()
+        for states, phase in ((self._waiting, Phase.WAITING), (self._running, Phase.RUNNING)):
+            orders = [state.order for state in states]
+            if orders != sorted(set(orders)):
+                raise InvariantError(f"{phase.value} requests are out of order: {states}")
+            for state in states:
+                known = self._requests.get(state.request.request_id) is state
+                if state.phase is not phase or not known:
+                    raise InvariantError(f"{state} is listed as {phase.value}")
+                state.check_integrity()
+        if len(self._requests) != len(self._waiting) + len(self._running):
+            raise InvariantError(f"requests neither wait nor run: {sorted(self._requests)}")
+        if len(self._running) > self._max_num_seqs:
+            raise InvariantError(f"{len(self._running)} requests on {self._max_num_seqs} seats")
+        if not self._running and self._cache.num_free != self._cache.num_usable:
+            held = self._cache.num_usable - self._cache.num_free
+            raise InvariantError(f"no request runs, but {held} blocks are held")
+
+    def _check_prompt(self, request: Request) -> None:
+        if not request.prompt_ids:
+            raise RequestError("the prompt is empty; it needs at least one token", param="prompt")
+        if len(request.prompt_ids) >= self._max_model_len:
+            raise PromptTooLong(
+                f"the prompt has {len(request.prompt_ids)} tokens; with a context of "
+                f"{self._max_model_len} it may have at most {self._max_model_len - 1}",
+                param="prompt",
+            )
+        try:
+            array("I", request.prompt_ids)
+        except (OverflowError, TypeError) as error:
+            message = f"the prompt is not made of token ids: {error}"
+            raise RequestError(message, param="prompt") from None
+
+    def _admit_urgent(self) -> None:
+        """Let waiting requests in before lower priorities, which give way if they must."""
+        while self._waiting and self._running:
+            head = self._waiting[0]
+            if head.request.priority >= self._running[-1].request.priority:
+                return
+            if self._admit(head):
+                continue
+            if not self._could_give_way(head):
+                return
+            self._preempt(self._running[-1])
+
+    def _could_give_way(self, head: RequestState) -> bool:
+        """Whether ``head`` might fit if all lower priorities gave way (an upper bound)."""
+        available = self._cache.num_free
+        needed = self._cache.blocks_for(len(head.token_ids))
+        for state in reversed(self._running):
+            if state.request.priority <= head.request.priority:
+                break
+            available += sum(map(len, state.block_ids))
+            if available >= needed:
+                return True
+        return False
+
+    def _plan_single_tokens(self) -> tuple[list[Row], list[RequestState], int]:
+        """Rows of requests one token behind; those further behind, in order; the budget left."""
+        rows: list[Row] = []
+        behind: list[RequestState] = []
+        running = self._running
+        index = 0
+        while index < len(running):  # requests at the end may give way meanwhile
+            state = running[index]
+            start = state.num_computed
+            if len(state.token_ids) - start > 1:
+                behind.append(state)
+            elif start < state.holding.capacity or self._grow(state):
+                wants = state.prompt_logprobs is not None and state.wants_prompt_logprobs
+                rows.append(Row(state, start, 1, True, wants and start < state.num_prompt - 1))
+            index += 1
+        return rows, behind, self._max_num_tokens - len(rows)
+
+    def _grow(self, state: RequestState) -> bool:
+        """Give a running request room for one more token; False if it gave way itself."""
+        while not self._cache.grow(state.holding, state.num_computed + 1):
+            last = self._running[-1]
+            self._preempt(last)
+            if last is state:
+                return False
+        return True
+
+    def _admit(self, head: RequestState) -> bool:
+        """Move the first waiting request to a seat, if there is one and its tokens fit."""
+        num_running = len(self._running)
+        if num_running >= self._max_num_seqs:
+            return False
+        use_cache = not head.wants_prompt_logprobs
+        headroom = -(-num_running * _HEADROOM_STEPS // self._cache.block_size)
+        num_cached = self._cache.admit(
+            head.holding, head.token_ids, use_cache=use_cache, headroom=headroom
+        )
+        if num_cached is None:
+            return False
+        # Each prompt token counts once, as cached or as computed, however often it is recomputed.
+        news = max(0, min(num_cached, head.num_prompt) - head.prompt_seen)
+        head.prompt_seen += news
+        head.num_cached += news
+        self._cached_tokens += news
+        if not head.num_preemptions and use_cache and self._cache.enable_prefix_cache:
+            self._queried_tokens += head.num_prompt
+        head.num_computed = num_cached
+        head.move(Phase.RUNNING)
+        del self._waiting[0]
+        insort(self._running, head, key=_by_order)
+        return True
+
+    def _preempt(self, state: RequestState) -> None:
+        """Take the last running request's blocks; it keeps its tokens and waits to return."""
+        self._running.pop()
+        self._cache.release(state.holding)
+        state.num_computed = 0
+        state.num_preemptions += 1
+        if state.wants_prompt_logprobs:
+            state.prompt_logprobs = []
+        state.move(Phase.WAITING)
+        insort(self._waiting, state, key=_by_order)
+        self._preemptions += 1
+
+    def _check_output(self, plan: Plan, output: StepOutput) -> None:
+        drawn = sum([row.samples for row in plan.rows])
+        if len(output.token_ids) != drawn or len(output.logprobs) != drawn:
+            raise InvariantError(
+                f"{drawn} rows sample, but the step brought {len(output.token_ids)} tokens "
+                f"and {len(output.logprobs)} logprobs"
+            )
+
+    def _advance(self, row: Row, prompt_logprobs: list[TokenLogprobs] | None) -> None:
+        """Count a row's tokens as computed and let others share the blocks they fill."""
+        state = row.state
+        end = state.num_computed = row.start + row.num_new
+        if end >= state.holding.publish_at:
+            self._cache.publish(state.holding, state.token_ids, end)
+        if state.prompt_seen < state.num_prompt:
+            news = max(0, min(end, state.num_prompt) - state.prompt_seen)
+            self._prompt_tokens += news
+            state.prompt_seen += news
+        if row.prompt_logprobs and state.prompt_logprobs is not None:
+            if prompt_logprobs is None or len(prompt_logprobs) != row.num_prompt_logprobs:
+                raise InvariantError(
+                    f"{row.num_prompt_logprobs} prompt logprobs are due for {state}, "
+                    f"the step brought {prompt_logprobs}"
+                )
+            state.prompt_logprobs += prompt_logprobs
+
+    def _append(self, state: RequestState, token_id: int, logprobs: TokenLogprobs | None) -> Delta:
+        """Add a drawn token to its request, which may end with it."""
+        token_ids = state.token_ids
+        token_ids.append(token_id)
+        counts = state.output_counts
+        counts[token_id] = counts.get(token_id, 0) + 1
+        self._generation_tokens += 1
+        request = state.request
+        reason = None
+        if token_id in state.stop_ids and state.num_output > request.sampling.min_tokens:
+            reason = FinishReason.STOP
+        elif len(token_ids) >= state.max_len:
+            reason = FinishReason.LENGTH
+        prompt_logprobs, state.prompt_logprobs = state.prompt_logprobs, None
+        if reason is not None:
+            self._finish(state)
+        return Delta(
+            request_id=request.request_id,
+            token_ids=[token_id],
+            logprobs=None if logprobs is None else [logprobs],
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+            usage=None if reason is None else state.usage,
+        )
+
+    def _finish(self, state: RequestState) -> None:
+        """Free what a request holds and forget it; the caller takes it off its list."""
+        state.move(Phase.FINISHED)
+        self._cache.release(state.holding)
+        del self._requests[state.request.request_id]
+
+    def _end_early(self, request_id: str, reason: FinishReason, error: str | None) -> Delta | None:
+        state = self._requests.get(request_id)
+        if state is None:
+            return None
+        states = self._running if state.phase is Phase.RUNNING else self._waiting
+        del states[bisect_left(states, state.order, key=_by_order)]
+        self._finish(state)
+        return Delta(
+            request_id=request_id,
+            token_ids=[],
+            finish_reason=reason,
+            usage=state.usage,
+            error=error,
+        )

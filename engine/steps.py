@@ -1,0 +1,177 @@
+"""What passes between scheduler and runner: requests in flight, the plan of a step, its outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from enum import Enum
+from typing import NamedTuple
+
+from engine.blocks import InvariantError
+from engine.cache import Holding
+from engine.types import Request, TokenLogprobs, Usage
+
+__all__ = ["Phase", "Plan", "RequestState", "Row", "StepOutput"]
+
+
+class Phase(Enum):
+    """Where a request is in its life inside the scheduler."""
+
+    WAITING = "waiting"
+    """Holds no blocks: new, or preempted."""
+    RUNNING = "running"
+    """Holds blocks for at least all its tokens but the newest."""
+    FINISHED = "finished"
+    """Its last delta is out, it holds nothing, and no row of it counts any more."""
+
+
+_NEXT_PHASES = {
+    Phase.WAITING: (Phase.RUNNING, Phase.FINISHED),
+    Phase.RUNNING: (Phase.WAITING, Phase.FINISHED),
+    Phase.FINISHED: (),
+}
+
+
+class RequestState:
+    """A request in flight. The scheduler writes it; the runner reads it between plan and commit.
+
+    Attributes:
+        order: (priority, arrival): the lesser goes first.
+        token_ids: prompt and generated tokens; ``token_ids[num_computed:]`` wait to be computed.
+        num_prompt: tokens of the prompt.
+        num_computed: leading tokens whose state is in the blocks.
+        num_cached: prompt tokens whose state first came from the prefix cache.
+        max_len: tokens at which it ends, by its own limit or the model's.
+        stop_ids: tokens that end it, the end-of-sequence tokens included unless it ignores them.
+        output_counts: how often each token was generated.
+        prompt_logprobs: entries so far, one for each prompt token from the second on; None when
+            not asked for or already delivered.
+        prompt_seen: leading prompt tokens that were counted as computed or cached.
+    """
+
+    __slots__ = (
+        "holding",
+        "max_len",
+        "num_cached",
+        "num_computed",
+        "num_preemptions",
+        "num_prompt",
+        "order",
+        "output_counts",
+        "phase",
+        "prompt_logprobs",
+        "prompt_seen",
+        "request",
+        "stop_ids",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        request: Request,
+        arrival: int,
+        holding: Holding,
+        max_model_len: int,
+        eos_token_ids: Collection[int],
+    ) -> None:
+        sampling = request.sampling
+        self.request = request
+        self.order = (request.priority, arrival)
+        self.token_ids = list(request.prompt_ids)
+        self.num_prompt = len(self.token_ids)
+        self.num_computed = 0
+        self.num_cached = 0
+        self.holding = holding
+        self.phase = Phase.WAITING
+        self.max_len = min(self.num_prompt + sampling.max_tokens, max_model_len)
+        self.stop_ids = frozenset(sampling.stop_token_ids).union(
+            () if sampling.ignore_eos else eos_token_ids
+        )
+        self.output_counts: dict[int, int] = {}
+        self.num_preemptions = 0
+        self.prompt_seen = 0
+        self.prompt_logprobs: list[TokenLogprobs] | None = (
+            None if sampling.prompt_logprobs is None else []
+        )
+
+    @property
+    def block_ids(self) -> list[list[int]]:
+        """The blocks that hold its state, one list for each cache group, in order of position."""
+        return self.holding.block_ids
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether entries of its prompt are still missing."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt - 1
+
+    @property
+    def usage(self) -> Usage:
+        """What it cost so far."""
+        return Usage(self.num_prompt, self.num_cached, self.num_output, self.num_preemptions)
+
+    def move(self, phase: Phase) -> None:
+        """Enter another phase. Raises InvariantError if there is no way from here to there."""
+        if phase not in _NEXT_PHASES[self.phase]:
+            raise InvariantError(
+                f"request {self.request.request_id} is {self.phase.value}, "
+                f"from where it cannot become {phase.value}"
+            )
+        self.phase = phase
+
+    def check_integrity(self) -> None:
+        """Compare its figures. Raises InvariantError that names a contradiction."""
+        held = self.holding.capacity
+        if not 0 <= self.num_computed < len(self.token_ids) < self.max_len:
+            raise InvariantError(f"{self} should be finished, or is ahead of its tokens")
+        if (self.phase is Phase.RUNNING) != (held > 0) or held < self.num_computed:
+            raise InvariantError(f"{self} holds blocks for {held} tokens")
+        if self.holding.publish_at <= self.num_computed:
+            raise InvariantError(f"{self} has full blocks that were not published")
+
+    def __repr__(self) -> str:
+        return (
+            f"<RequestState {self.request.request_id} {self.phase.value} order={self.order} "
+            f"computed {self.num_computed} of {len(self.token_ids)} tokens>"
+        )
+
+
+class Row(NamedTuple):
+    """One request's part of a step: computes ``state.token_ids[start : start + num_new]``."""
+
+    state: RequestState
+    start: int
+    num_new: int
+    samples: bool
+    """The request has caught up with its tokens, so the next one is drawn."""
+    prompt_logprobs: bool
+    """Log-probabilities of the prompt tokens that these positions predict are wanted."""
+
+    @property
+    def num_prompt_logprobs(self) -> int:
+        """Entries wanted: for prompt tokens ``start + 1`` up to ``start + num_new``."""
+        if not self.prompt_logprobs:
+            return 0
+        return min(self.start + self.num_new, self.state.num_prompt - 1) - self.start
+
+
+class Plan(NamedTuple):
+    """What to compute in one step; no rows: nothing to do. No request has two rows."""
+
+    rows: list[Row]
+    num_tokens: int
+    """New tokens over all rows."""
+
+
+class StepOutput(NamedTuple):
+    """What a step brought, in the order of the plan's rows."""
+
+    token_ids: list[int]
+    """The drawn token of each row that samples."""
+    logprobs: list[TokenLogprobs | None]
+    """Parallel to ``token_ids``; None for requests that did not ask."""
+    prompt_logprobs: dict[int, list[TokenLogprobs]]
+    """Row index to ``Row.num_prompt_logprobs`` entries."""
