@@ -1,0 +1,151 @@
+/**
+ * The server as the page sees it: a few HTTP calls, and turns over WebSocket or SSE.
+ *
+ * A browser cannot send an Authorization header with a WebSocket, so with an API key (or where no
+ * socket opens, as behind some proxies) turns go over HTTP with server-sent events instead.
+ */
+import { explainBody, UNREACHABLE } from "./problem";
+import { Refused, type Transport } from "./run";
+import { NeverOpened, SocketTurns } from "./sockets";
+import { SseParser } from "./sse";
+import { parseEvent, type Item, type ItemList, type ResponseObject, type TurnEvent } from "./wire";
+
+/** The server sends a comment every 15 s; silence beyond this means that the connection is dead. */
+const SILENCE_MS = 45_000;
+const PAGE_SIZE = 100;
+
+export class Client implements Transport {
+  apiKey: string | null = null;
+  readonly #base: URL;
+  readonly #sockets: SocketTurns;
+  #socketsWork = true;
+
+  /** `base` is the address of the server's root, with a trailing slash. */
+  constructor(base: string) {
+    this.#base = new URL(base);
+    const socketUrl = new URL("v1/responses", this.#base);
+    socketUrl.protocol = socketUrl.protocol === "https:" ? "wss:" : "ws:";
+    this.#sockets = new SocketTurns(socketUrl.href);
+  }
+
+  async models(): Promise<string[]> {
+    const { data } = (await this.#json("GET", "v1/models")) as { data: { id: string }[] };
+    return data.map(({ id }) => id);
+  }
+
+  async createConversation(): Promise<string> {
+    const { id } = (await this.#json("POST", "v1/conversations", {})) as { id: string };
+    return id;
+  }
+
+  async deleteConversation(id: string): Promise<void> {
+    try {
+      await this.#json("DELETE", `v1/conversations/${encodeURIComponent(id)}`);
+    } catch (error) {
+      if (!(error instanceof Refused && error.problem.kind === "gone")) throw error;
+    }
+  }
+
+  /** Returns all items of a conversation, oldest first. */
+  async items(conversationId: string): Promise<Item[]> {
+    const items: Item[] = [];
+    const path = `v1/conversations/${encodeURIComponent(conversationId)}/items?order=asc&limit=${PAGE_SIZE}`;
+    let after = "";
+    for (;;) {
+      const page = (await this.#json("GET", path + after)) as ItemList;
+      items.push(...page.data);
+      const last = page.last_id ?? page.data.at(-1)?.id;
+      if (page.has_more !== true || last == null) return items;
+      after = `&after=${encodeURIComponent(last)}`;
+    }
+  }
+
+  async deleteItem(conversationId: string, itemId: string): Promise<void> {
+    await this.#json("DELETE", `v1/conversations/${encodeURIComponent(conversationId)}/items/${encodeURIComponent(itemId)}`);
+  }
+
+  async response(id: string): Promise<ResponseObject> {
+    return (await this.#json("GET", `v1/responses/${encodeURIComponent(id)}`)) as ResponseObject;
+  }
+
+  async cancel(responseId: string): Promise<void> {
+    await this.#json("POST", `v1/responses/${encodeURIComponent(responseId)}/cancel`);
+  }
+
+  async *create(body: Record<string, unknown>, signal: AbortSignal): AsyncGenerator<TurnEvent> {
+    if (this.apiKey === null && this.#socketsWork) {
+      try {
+        yield* this.#sockets.create(body, signal);
+        return;
+      } catch (error) {
+        if (!(error instanceof NeverOpened)) throw error;
+      }
+      // Nothing was sent. If this way works, the next turn need not try the socket again.
+      yield* this.#sse("POST", "v1/responses", { ...body, stream: true }, signal);
+      this.#socketsWork = false;
+      return;
+    }
+    yield* this.#sse("POST", "v1/responses", { ...body, stream: true }, signal);
+  }
+
+  resume(responseId: string, after: number | null, signal: AbortSignal): AsyncGenerator<TurnEvent> {
+    const from = after === null ? "" : `&starting_after=${after}`;
+    return this.#sse("GET", `v1/responses/${encodeURIComponent(responseId)}?stream=true${from}`, undefined, signal);
+  }
+
+  /** Says how the server is, without throwing. */
+  async ready(): Promise<"ready" | "restarting" | "away"> {
+    try {
+      const response = await fetch(new URL("ready", this.#base), { cache: "no-store", signal: AbortSignal.timeout(5000) });
+      return response.ok ? "ready" : "restarting";
+    } catch {
+      return "away";
+    }
+  }
+
+  async *#sse(method: string, path: string, body: unknown, outer: AbortSignal): AsyncGenerator<TurnEvent> {
+    const silence = new AbortController();
+    const signal = AbortSignal.any([outer, silence.signal]);
+    let timer = setTimeout(() => silence.abort(), SILENCE_MS);
+    try {
+      const response = await this.#fetch(method, path, body, signal);
+      if (response.body === null) return;
+      const parser = new SseParser();
+      const decoder = new TextDecoder();
+      const reader = response.body.getReader();
+      for (;;) {
+        const { value, done } = await reader.read();
+        if (done) return;
+        clearTimeout(timer);
+        timer = setTimeout(() => silence.abort(), SILENCE_MS);
+        for (const data of parser.push(decoder.decode(value, { stream: true }))) {
+          const event = parseEvent(data);
+          if (event !== null) yield event;
+        }
+      }
+    } finally {
+      clearTimeout(timer);
+      silence.abort();
+    }
+  }
+
+  async #json(method: string, path: string, body?: unknown): Promise<unknown> {
+    const response = await this.#fetch(method, path, body, AbortSignal.timeout(20_000));
+    return (await response.json()) as unknown;
+  }
+
+  async #fetch(method: string, path: string, body: unknown, signal: AbortSignal): Promise<Response> {
+    const headers: Record<string, string> = {};
+    if (body !== undefined) headers["Content-Type"] = "application/json";
+    if (this.apiKey !== null) headers["Authorization"] = `Bearer ${this.apiKey}`;
+    let response: Response;
+    try {
+      const payload = body === undefined ? null : JSON.stringify(body);
+      response = await fetch(new URL(path, this.#base), { method, headers, body: payload, signal, cache: "no-store" });
+    } catch {
+      throw new Refused(UNREACHABLE);
+    }
+    if (!response.ok) throw new Refused(explainBody(response.status, await response.text()));
+    return response;
+  }
+}

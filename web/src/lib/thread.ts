@@ -1,0 +1,96 @@
+/**
+ * A conversation as the page shows it: stored items, and the turn that is running.
+ */
+import { measure, type Stats } from "./stats";
+import { newTurn, type Phase, type TurnState } from "./turn";
+import { itemText, type Item } from "./wire";
+
+export interface UserMessage {
+  role: "user";
+  key: string;
+  text: string;
+}
+
+export interface AnswerMessage {
+  role: "assistant";
+  key: string;
+  turn: TurnState;
+  stats: Stats;
+}
+
+export type Message = UserMessage | AnswerMessage;
+
+/** What this browser remembers about an answer beyond what the server stores. */
+export interface Note extends Stats {
+  phase: Phase;
+  reason: string | null;
+}
+
+export type Notes = Record<string, Note>;
+
+const NO_STATS: Stats = { ttft_s: null, tokensPerSecond: null, outputTokens: null };
+
+/** Turns the items of a stored conversation, oldest first, into messages. */
+export function fromItems(items: readonly Item[], notes: Notes): Message[] {
+  const messages: Message[] = [];
+  for (const [index, item] of items.entries()) {
+    if (item.type !== "message") continue;
+    const key = item.id ?? `stored-${index}`;
+    if (item.role === "user") messages.push({ role: "user", key, text: itemText(item) });
+    if (item.role === "assistant") messages.push(storedAnswer(key, item, notes[key]));
+  }
+  return messages;
+}
+
+function storedAnswer(key: string, item: Item, note: Note | undefined): AnswerMessage {
+  const complete = item.status === undefined || item.status === "completed";
+  // What the server stored decides whether it is whole; the note only says how it ended early.
+  const phase = complete ? "completed" : note !== undefined && note.phase !== "completed" ? note.phase : "incomplete";
+  return {
+    role: "assistant",
+    key,
+    turn: { ...newTurn(null), phase, itemId: key, text: itemText(item), incompleteReason: note?.reason ?? null },
+    stats: note ?? NO_STATS,
+  };
+}
+
+export function answerOf(key: string, turn: TurnState): AnswerMessage {
+  return { role: "assistant", key, turn, stats: measure(turn) };
+}
+
+export function noteOf(turn: TurnState): Note {
+  return { ...measure(turn), phase: turn.phase, reason: turn.incompleteReason };
+}
+
+/** Shows `turn` as the answer with this key. */
+export function withTurn(messages: readonly Message[], key: string, turn: TurnState): Message[] {
+  return messages.map((message) => (message.key === key ? answerOf(key, turn) : message));
+}
+
+/**
+ * Appends a turn that began before this page was loaded. The server may already have stored its
+ * question, which then is the last message, or not yet.
+ */
+export function withPending(messages: readonly Message[], question: string, key: string, turn: TurnState): Message[] {
+  const last = messages.at(-1);
+  const asked = last?.role === "user" && last.text === question;
+  const user: Message[] = asked ? [] : [{ role: "user", key: `${key}-question`, text: question }];
+  return [...messages, ...user, answerOf(key, turn)];
+}
+
+/** Drops from the stored messages the answer that a followed turn turned out to be, and its question. */
+export function withoutStored(messages: readonly Message[], itemId: string): Message[] {
+  const at = messages.findIndex((message) => message.role === "assistant" && message.key === itemId);
+  if (at < 0) return [...messages];
+  const from = messages[at - 1]?.role === "user" ? at - 1 : at;
+  return [...messages.slice(0, from), ...messages.slice(at + 1)];
+}
+
+/** A title for a conversation from its first question. */
+export function titleFrom(question: string): string {
+  const line = question.trim().replace(/\s+/g, " ");
+  if (line.length <= 48) return line || "New chat";
+  const cut = line.slice(0, 48);
+  const space = cut.lastIndexOf(" ");
+  return `${space > 24 ? cut.slice(0, space) : cut}…`;
+}

@@ -1,0 +1,160 @@
+/**
+ * One answer as the page knows it: events in, state out. No I/O, no clock of its own.
+ */
+import { explain, LOST, type Problem } from "./problem";
+import { itemText, type TurnEvent, type Usage } from "./wire";
+
+export type Phase =
+  | "sending"
+  | "waiting"
+  | "streaming"
+  | "resuming"
+  | "completed"
+  | "incomplete"
+  | "cancelled"
+  | "failed"
+  | "broken";
+
+export interface TurnState {
+  readonly phase: Phase;
+  readonly responseId: string | null;
+  readonly itemId: string | null;
+  readonly model: string | null;
+  /** Sequence number of the last event that was applied. */
+  readonly lastSequence: number | null;
+  readonly text: string;
+  readonly usage: Usage | null;
+  readonly problem: Problem | null;
+  readonly incompleteReason: string | null;
+  /** How often the stream broke and was picked up again. */
+  readonly resumed: number;
+  readonly stopping: boolean;
+  /** Milliseconds on the caller's clock; null where this page did not see it happen. */
+  readonly sentAt: number | null;
+  readonly firstTextAt: number | null;
+  readonly lastTextAt: number | null;
+}
+
+/** What `advance` made of an event: a `gap` must be filled by resuming after `lastSequence`. */
+export type Verdict = "applied" | "duplicate" | "gap";
+
+const ENDED: ReadonlySet<Phase> = new Set(["completed", "incomplete", "cancelled", "failed", "broken"]);
+
+export function isEnded(phase: Phase): boolean {
+  return ENDED.has(phase);
+}
+
+/** A turn that was just sent at `now`, or (null) one that began before this page was loaded. */
+export function newTurn(now: number | null, responseId: string | null = null): TurnState {
+  return {
+    phase: now === null ? "resuming" : "sending",
+    responseId,
+    itemId: null,
+    model: null,
+    lastSequence: null,
+    text: "",
+    usage: null,
+    problem: null,
+    incompleteReason: null,
+    resumed: 0,
+    stopping: false,
+    sentAt: now,
+    firstTextAt: null,
+    lastTextAt: null,
+  };
+}
+
+/** Applies one event. The state is returned unchanged for duplicates and gaps. */
+export function advance(state: TurnState, event: TurnEvent, now: number): [TurnState, Verdict] {
+  if (isEnded(state.phase)) return [state, "duplicate"];
+  const sequence = event.sequence_number;
+  if (event.type === "error") return [fail(state, errorOf(event)), "applied"];
+  if (event.type === "discontinuity" || event.type === "response.millrace.discontinuity") {
+    return [breakOff(state, LOST), "applied"];
+  }
+  if (sequence === undefined) return [state, "duplicate"];
+  const expected = state.lastSequence === null ? 0 : state.lastSequence + 1;
+  if (sequence < expected) return [state, "duplicate"];
+  if (sequence > expected) return [state, "gap"];
+  return [apply({ ...state, lastSequence: sequence }, event, now), "applied"];
+}
+
+function apply(state: TurnState, event: TurnEvent, now: number): TurnState {
+  switch (event.type) {
+    case "response.created":
+    case "response.queued":
+    case "response.in_progress":
+      return {
+        ...state,
+        phase: "waiting",
+        responseId: event.response?.id ?? state.responseId,
+        model: event.response?.model ?? state.model,
+      };
+    case "response.output_item.added":
+      return { ...state, itemId: event.item?.id ?? state.itemId };
+    case "response.output_text.delta": {
+      const delta = event.delta ?? "";
+      const timed = delta !== "" && state.sentAt !== null;
+      return {
+        ...state,
+        phase: "streaming",
+        text: state.text + delta,
+        firstTextAt: timed ? (state.firstTextAt ?? now) : state.firstTextAt,
+        lastTextAt: timed ? now : state.lastTextAt,
+      };
+    }
+    case "response.output_text.done":
+      return { ...state, text: event.text ?? state.text };
+    case "response.output_item.done":
+      return event.item?.content === undefined ? state : { ...state, text: itemText(event.item) };
+    case "response.completed":
+      return finish(state, "completed", event);
+    case "response.incomplete":
+      return finish(state, "incomplete", event);
+    case "response.cancelled":
+      return finish(state, "cancelled", event);
+    case "response.failed":
+      return finish({ ...state, problem: errorOf(event) }, "failed", event);
+    default:
+      return state;
+  }
+}
+
+function finish(state: TurnState, phase: Phase, event: TurnEvent): TurnState {
+  return {
+    ...state,
+    phase,
+    stopping: false,
+    usage: event.response?.usage ?? null,
+    incompleteReason: event.response?.incomplete_details?.reason ?? null,
+  };
+}
+
+function errorOf(event: TurnEvent): Problem {
+  const nested = event.response?.error ?? event.error;
+  return explain({
+    status: event.status ?? null,
+    code: nested?.code ?? event.code ?? null,
+    message: nested?.message ?? event.message ?? "",
+  });
+}
+
+/** The request was refused, or the turn could not go on. */
+export function fail(state: TurnState, problem: Problem): TurnState {
+  return isEnded(state.phase) ? state : { ...state, phase: "failed", problem, stopping: false };
+}
+
+/** The page lost the stream for good; the answer may be longer than what is shown. */
+export function breakOff(state: TurnState, problem: Problem): TurnState {
+  return isEnded(state.phase) ? state : { ...state, phase: "broken", problem, stopping: false };
+}
+
+/** The stream broke and is being picked up again. Times measured across the break mean nothing. */
+export function resume(state: TurnState): TurnState {
+  if (isEnded(state.phase)) return state;
+  return { ...state, phase: "resuming", resumed: state.resumed + 1, sentAt: null, firstTextAt: null, lastTextAt: null };
+}
+
+export function stop(state: TurnState): TurnState {
+  return isEnded(state.phase) ? state : { ...state, stopping: true };
+}

@@ -1,0 +1,217 @@
+/**
+ * The page's state: which conversations there are, which one is open, settings, the server's health.
+ */
+import { Client } from "../lib/client";
+import type { Problem } from "../lib/problem";
+import { readSettings, type Settings } from "../lib/settings";
+import { BrowserStore, type Conversation } from "../lib/storage";
+import { titleFrom } from "../lib/thread";
+import { problemOf, Thread, type ThreadEvents } from "./thread.svelte";
+
+export type Health = "checking" | "ready" | "restarting" | "away";
+
+const HEALTHY_POLL_MS = 20_000;
+const AWAY_POLL_MS = 2000;
+
+export class Chat {
+  conversations = $state.raw<Conversation[]>([]);
+  thread = $state.raw<Thread>() as Thread;
+  settings = $state.raw<Settings>(readSettings(null));
+  apiKey = $state<string | null>(null);
+  needsKey = $state(false);
+  models = $state.raw<string[]>([]);
+  health = $state<Health>("checking");
+  /** A problem of the page as a whole, such as a conversation that could not be deleted. */
+  notice = $state.raw<Problem | null>(null);
+
+  readonly #client: Client;
+  readonly #store: BrowserStore;
+  readonly #threads = new Map<string, Thread>();
+  #timer: ReturnType<typeof setTimeout> | undefined;
+
+  constructor(client: Client, store: BrowserStore) {
+    this.#client = client;
+    this.#store = store;
+    this.conversations = store.conversations();
+    this.settings = readSettings(store.read("settings"));
+    const key = store.read("key");
+    this.#useKey(typeof key === "string" ? key : null);
+    const open = store.read("open");
+    this.thread = this.#threadOf(this.conversations.some(({ id }) => id === open) ? (open as string) : null);
+  }
+
+  /** The model that answers: the chosen one while the server has it. */
+  get model(): string | null {
+    const chosen = this.settings.model;
+    return chosen !== null && this.models.includes(chosen) ? chosen : (this.models[0] ?? null);
+  }
+
+  get title(): string {
+    return this.conversations.find(({ id }) => id === this.thread.id)?.title ?? "New chat";
+  }
+
+  /** Starts watching the server. Returns what ends it. */
+  start(): () => void {
+    const wake = (): void => void this.check();
+    const other = (event: StorageEvent): void => {
+      if (event.key === "millrace.conversations") this.conversations = this.#store.conversations();
+    };
+    window.addEventListener("online", wake);
+    window.addEventListener("offline", wake);
+    document.addEventListener("visibilitychange", wake);
+    window.addEventListener("storage", other);
+    wake();
+    void this.thread.load();
+    return () => {
+      clearTimeout(this.#timer);
+      window.removeEventListener("online", wake);
+      window.removeEventListener("offline", wake);
+      document.removeEventListener("visibilitychange", wake);
+      window.removeEventListener("storage", other);
+    };
+  }
+
+  async check(): Promise<void> {
+    clearTimeout(this.#timer);
+    if (document.hidden) return;
+    const before = this.health;
+    const health = await this.#client.ready();
+    this.health = health;
+    if (health === "ready" && (before !== "ready" || this.models.length === 0)) await this.#loadModels();
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => void this.check(), health === "ready" ? HEALTHY_POLL_MS : AWAY_POLL_MS);
+  }
+
+  async #loadModels(): Promise<void> {
+    try {
+      this.models = await this.#client.models();
+      this.needsKey = false;
+      if (this.thread.loadProblem !== null) await this.thread.load();
+    } catch (error) {
+      this.#events.failed(problemOf(error));
+    }
+  }
+
+  readonly #events: ThreadEvents = {
+    created: (thread, question) => {
+      if (thread.id === null) return;
+      const now = Date.now();
+      this.#threads.set(thread.id, thread);
+      this.#saveList([{ id: thread.id, title: titleFrom(question), createdAt: now, updatedAt: now }, ...this.#store.conversations()]);
+      if (this.thread === thread) this.#store.write("open", thread.id);
+    },
+    touched: (thread) => {
+      this.#edit(thread.id, { updatedAt: Date.now() });
+    },
+    failed: (problem) => {
+      if (problem.kind === "key") this.needsKey = true;
+      if (problem.kind === "unreachable" || problem.kind === "restarting" || problem.kind === "lost") void this.check();
+    },
+  };
+
+  #threadOf(id: string | null): Thread {
+    const known = id === null ? undefined : this.#threads.get(id);
+    const thread = known ?? new Thread(id, this.#client, this.#store, this.#events);
+    if (id !== null) this.#threads.set(id, thread);
+    return thread;
+  }
+
+  open(id: string | null): void {
+    this.notice = null;
+    if (id === null && this.thread.id === null && this.thread.messages.length === 0) return;
+    this.thread = this.#threadOf(id);
+    this.#store.write("open", id);
+    void this.thread.load();
+  }
+
+  /** Why nothing can be sent now, or null. */
+  get blocked(): string | null {
+    if (this.needsKey) return "The server needs an API key: open the settings.";
+    if (this.health === "away") return "The server does not answer. Your text stays here.";
+    if (this.health === "restarting") return "The engine is starting. Your text stays here.";
+    if (this.thread.loading) return "Loading the conversation…";
+    if (this.thread.loadProblem !== null) return "This conversation could not be loaded.";
+    if (this.model === null) return "Waiting for the server…";
+    return null;
+  }
+
+  async send(text: string): Promise<void> {
+    const question = text.trim();
+    if (question === "" || this.blocked !== null || this.model === null || this.thread.busy) return;
+    this.thread.draft = "";
+    await this.thread.send(question, this.model, this.settings);
+  }
+
+  /** Asks the last question again in place of the answer it got. */
+  async again(): Promise<void> {
+    if (this.blocked !== null || this.model === null) return;
+    const { thread, model } = this;
+    const question = await thread.takeBack();
+    if (question !== null) await thread.send(question, model, this.settings);
+  }
+
+  /** Puts the last question back into the composer. */
+  async edit(): Promise<void> {
+    const question = await this.thread.takeBack();
+    if (question !== null) this.thread.draft = question;
+  }
+
+  rename(id: string, title: string): void {
+    const clean = title.trim().slice(0, 120);
+    if (clean !== "") this.#edit(id, { title: clean });
+  }
+
+  async remove(id: string): Promise<void> {
+    try {
+      await this.#client.deleteConversation(id);
+    } catch (error) {
+      const problem = problemOf(error);
+      this.#events.failed(problem);
+      this.notice = { ...problem, title: "The conversation could not be deleted", detail: `${problem.title}. ${problem.detail}` };
+      return;
+    }
+    this.#threads.get(id)?.leave();
+    this.#threads.delete(id);
+    this.#store.forget(id);
+    this.conversations = this.#store.conversations();
+    if (this.thread.id === id) this.open(null);
+  }
+
+  saveSettings(settings: Settings): void {
+    this.settings = settings;
+    this.#store.write("settings", settings);
+  }
+
+  saveKey(key: string): void {
+    const clean = key.trim() === "" ? null : key.trim();
+    if (clean === this.apiKey) return;
+    this.#store.write("key", clean);
+    this.#useKey(clean);
+    this.needsKey = false;
+    void this.#loadModels();
+  }
+
+  #useKey(key: string | null): void {
+    this.apiKey = key;
+    this.#client.apiKey = key;
+  }
+
+  #edit(id: string | null, change: Partial<Conversation>): void {
+    this.#saveList(this.#store.conversations().map((entry) => (entry.id === id ? { ...entry, ...change } : entry)));
+  }
+
+  #saveList(list: Conversation[]): void {
+    this.#store.saveConversations(list);
+    this.conversations = list;
+  }
+}
+
+export function createChat(): Chat {
+  let storage: Storage | null = null;
+  try {
+    storage = window.localStorage;
+  } catch {
+    // Forbidden by the browser's settings.
+  }
+  return new Chat(new Client(new URL("./", document.baseURI).href), new BrowserStore(storage));
+}
