@@ -1,4 +1,4 @@
-"""An engine process without a model, for tests of the client: ``python -m tests.engine.fake_engine FD``.
+"""An engine process without a model: ``python -m tests.engine.fake_engine FD``.
 
 It speaks the real link through the real core and counts upward: after token t comes t + 1. What
 else it does, the model's name says ("refuse", "die-at-start"), or a magic prompt token.

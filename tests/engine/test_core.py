@@ -1,0 +1,123 @@
+"""The core loop with the real scheduler, a scripted link and a model that counts upward."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.cache import CacheManager, FullAttentionGroup
+from engine.config import EngineConfig
+from engine.core import Core
+from engine.link import (
+    HEARTBEAT_S,
+    Abort,
+    Configure,
+    FromEngine,
+    LinkClosed,
+    Step,
+    Submit,
+    ToEngine,
+)
+from engine.scheduler import Plan, Scheduler, StepOutput
+from engine.types import Delta, FinishReason, Request, SamplingParams
+
+
+class ScriptedLink:
+    """Hands out one list of messages a round, then closes; keeps what is sent."""
+
+    def __init__(self, *rounds: list[ToEngine]) -> None:
+        self.rounds = list(rounds)
+        self.sent: list[Step] = []
+        self.timeouts_s: list[float] = []
+
+    def receive(self, timeout_s: float) -> list[ToEngine]:
+        self.timeouts_s.append(timeout_s)
+        if not self.rounds:
+            raise LinkClosed
+        return self.rounds.pop(0)
+
+    def send(self, message: FromEngine) -> None:
+        assert isinstance(message, Step)
+        self.sent.append(message)
+
+    def deltas(self, request_id: str) -> list[Delta]:
+        return [
+            delta for step in self.sent for delta in step.deltas if delta.request_id == request_id
+        ]
+
+
+class CountingRunner:
+    """After token t comes t + 1."""
+
+    def __init__(self) -> None:
+        self.plans = 0
+
+    def step(self, plan: Plan) -> StepOutput:
+        self.plans += 1
+        ids = [row.state.token_ids[-1] + 1 for row in plan.rows if row.samples]
+        return StepOutput(ids, [None] * len(ids), {})
+
+
+def submit(name: str, prompt: list[int], max_tokens: int) -> Submit:
+    return Submit(
+        Request(request_id=name, prompt_ids=prompt, sampling=SamplingParams(max_tokens=max_tokens))
+    )
+
+
+def run(link: ScriptedLink) -> CountingRunner:
+    cache = CacheManager([FullAttentionGroup()], num_blocks=33, block_size=4)
+    scheduler = Scheduler(
+        cache, max_num_tokens=16, max_num_seqs=8, max_model_len=64, eos_token_ids=[0]
+    )
+    runner = CountingRunner()
+    core = Core(link, scheduler, runner, check_integrity=True)
+    with pytest.raises(LinkClosed):
+        core.run()
+    return runner
+
+
+def test_answers_leave_a_step_at_a_time_for_the_whole_batch() -> None:
+    link = ScriptedLink([submit("a", [10], 3), submit("b", [20], 2)], [], [], [])
+    runner = run(link)
+    assert [delta.token_ids for delta in link.deltas("a")] == [[11], [12], [13]]
+    assert [delta.token_ids for delta in link.deltas("b")] == [[21], [22]]
+    assert [len(step.deltas) for step in link.sent] == [2, 2, 1, 0]
+    assert runner.plans == 3
+
+
+def test_it_waits_for_messages_only_when_idle() -> None:
+    link = ScriptedLink([], [submit("a", [10], 2)], [], [])
+    run(link)
+    assert link.timeouts_s == [HEARTBEAT_S, HEARTBEAT_S, 0.0, HEARTBEAT_S, HEARTBEAT_S]
+
+
+def test_an_idle_round_still_sends_a_heartbeat_with_the_figures() -> None:
+    link = ScriptedLink([submit("a", [10, 11, 12], 2)], [], [])
+    run(link)
+    last = link.sent[-1]
+    assert last.deltas == []
+    assert (last.stats.steps, last.stats.running, last.stats.generation_tokens) == (2, 0, 2)
+    assert last.stats.prompt_tokens == 3
+    assert last.stats.free_blocks == last.stats.num_blocks == 32
+
+
+def test_a_refused_request_ends_with_the_reason_and_disturbs_nobody() -> None:
+    link = ScriptedLink([submit("long", [1] * 64, 1), submit("a", [10], 1)], [])
+    run(link)
+    (refused,) = link.deltas("long")
+    assert refused.finish_reason is FinishReason.ERROR
+    assert refused.error is not None
+    assert "64 tokens" in refused.error
+    assert link.deltas("a")[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_an_abort_is_answered_in_the_same_round() -> None:
+    link = ScriptedLink([submit("a", [10], 50)], [Abort("a"), Abort("unknown")], [])
+    run(link)
+    assert link.deltas("a")[-1].finish_reason is FinishReason.ABORT
+    assert link.sent[1].deltas[-1].finish_reason is FinishReason.ABORT
+    assert link.sent[-1].stats.free_blocks == 32
+
+
+def test_a_second_configuration_is_a_bug_of_the_caller() -> None:
+    with pytest.raises(AssertionError, match="Configure after the start"):
+        run(ScriptedLink([Configure(EngineConfig())]))
