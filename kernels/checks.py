@@ -58,34 +58,37 @@ def _float(op: str, name: str, tensor: torch.Tensor) -> torch.dtype:
     return dtype
 
 
-def check_embed(out: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> None:
-    """See ``Ops.embed``."""
-    tokens, width = _sizes("embed", "out", out, "T,H")
+def check_embed(out: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> torch.Size:
+    """See ``Ops.embed``; gives [T, H]."""
+    tokens, width = shape = _sizes("embed", "out", out, "T,H")
     _is("embed", "out", out, (tokens, width), _float("embed", "out", out))
     _is("embed", "ids", ids, (tokens,), _I64)
     vocab = _sizes("embed", "table", table, "V,H")[0]
     _is("embed", "table", table, (vocab, width), _float("embed", "table", table))
+    return shape
 
 
-def check_rms_norm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """See ``Ops.rms_norm``."""
+def check_rms_norm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Size:
+    """See ``Ops.rms_norm``; gives [T, H]."""
     shape = _sizes("rms_norm", "x", x, "T,H")
     act = _float("rms_norm", "x", x)
     _is("rms_norm", "x", x, shape, act)
     _is("rms_norm", "out", out, shape, act)
     _is("rms_norm", "weight", weight, (shape[1],), _float("rms_norm", "weight", weight))
+    return shape
 
 
 def check_add_rms_norm(
     out: torch.Tensor, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
-) -> None:
-    """See ``Ops.add_rms_norm``."""
+) -> torch.Size:
+    """See ``Ops.add_rms_norm``; gives [T, H]."""
     shape = _sizes("add_rms_norm", "x", x, "T,H")
     act = _float("add_rms_norm", "x", x)
     _is("add_rms_norm", "x", x, shape, act)
     _is("add_rms_norm", "residual", residual, shape, act)
     _is("add_rms_norm", "out", out, shape, act)
     _is("add_rms_norm", "weight", weight, (shape[1],), _float("add_rms_norm", "weight", weight))
+    return shape
 
 
 def _check_caches(
@@ -113,13 +116,13 @@ def check_qk_norm_rope_write(
     slots: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-) -> tuple[int, int]:
-    """See ``Ops.qk_norm_rope_write``; gives (key-value heads, block size)."""
+) -> tuple[int, int, int, int, int, int]:
+    """See ``Ops.qk_norm_rope_write``; gives (T, Hq, Hkv, D, N, B)."""
     op = "qk_norm_rope_write"
     tokens, q_heads, head_dim = shape = _sizes(op, "q_out", q_out, "T,Hq,D")
     if head_dim % 2 or head_dim < 2:
         raise KernelError(f"{op}: head_dim must be even and positive, got {head_dim}")
-    _, kv_heads, block_size = _check_caches(op, k_cache, v_cache, head_dim)
+    blocks, kv_heads, block_size = _check_caches(op, k_cache, v_cache, head_dim)
     act = _float(op, "q_out", q_out)
     _is(op, "q_out", q_out, shape, act)
     _is(op, "qkv", qkv, (tokens, (q_heads + 2 * kv_heads) * head_dim), act)
@@ -129,7 +132,7 @@ def check_qk_norm_rope_write(
     _is(op, "cos_sin", cos_sin, (_sizes(op, "cos_sin", cos_sin, "P,D")[0], head_dim), _F32)
     _is(op, "positions", positions, (tokens,), _I64)
     _is(op, "slots", slots, (tokens,), _I64)
-    return kv_heads, block_size
+    return tokens, q_heads, kv_heads, head_dim, blocks, block_size
 
 
 def check_paged_attention(
@@ -140,11 +143,11 @@ def check_paged_attention(
     block_tables: torch.Tensor,
     query_starts: torch.Tensor,
     context_lens: torch.Tensor,
-) -> tuple[int, int]:
-    """See ``Ops.paged_attention``; gives (key-value heads, block size)."""
+) -> tuple[int, int, int, int, int, int]:
+    """See ``Ops.paged_attention``; gives (T, Hq, Hkv, D, N, B)."""
     op = "paged_attention"
-    _, q_heads, head_dim = shape = _sizes(op, "q", q, "T,Hq,D")
-    _, kv_heads, block_size = _check_caches(op, k_cache, v_cache, head_dim)
+    tokens, q_heads, head_dim = shape = _sizes(op, "q", q, "T,Hq,D")
+    blocks, kv_heads, block_size = _check_caches(op, k_cache, v_cache, head_dim)
     if q_heads < 1 or q_heads % kv_heads:
         raise KernelError(f"{op}: {q_heads} query heads do not share {kv_heads} key-value heads")
     act = _float(op, "q", q)
@@ -154,27 +157,29 @@ def check_paged_attention(
     _is(op, "block_tables", block_tables, tables, _I32)
     _is(op, "query_starts", query_starts, (tables[0] + 1,), _I32)
     _is(op, "context_lens", context_lens, (tables[0],), _I32)
-    return kv_heads, block_size
+    return tokens, q_heads, kv_heads, head_dim, blocks, block_size
 
 
-def check_swiglu(out: torch.Tensor, gate_up: torch.Tensor) -> None:
-    """See ``Ops.swiglu``."""
+def check_swiglu(out: torch.Tensor, gate_up: torch.Tensor) -> torch.Size:
+    """See ``Ops.swiglu``; gives [T, I]."""
     tokens, width = shape = _sizes("swiglu", "out", out, "T,I")
     act = _float("swiglu", "out", out)
     _is("swiglu", "out", out, shape, act)
     _is("swiglu", "gate_up", gate_up, (tokens, 2 * width), act)
+    return shape
 
 
-def check_weight(weight: torch.Tensor) -> None:
-    """See ``Ops.pack_linear``."""
+def check_weight(weight: torch.Tensor) -> torch.Size:
+    """See ``Ops.pack_linear``; gives [O, H]."""
     shape = _sizes("pack_linear", "weight", weight, "O,H")
     if shape[0] < 1 or shape[1] < 1:
         raise KernelError(f"pack_linear: weight must not be empty, got shape {list(shape)}")
     _is("pack_linear", "weight", weight, shape, _float("pack_linear", "weight", weight))
+    return shape
 
 
-def check_linear(out: torch.Tensor, x: torch.Tensor, packed: PackedLinear) -> None:
-    """See ``Ops.linear``."""
+def check_linear(out: torch.Tensor, x: torch.Tensor, packed: PackedLinear) -> int:
+    """See ``Ops.linear``; gives T."""
     tokens = _sizes("linear", "x", x, "T,H")[0]
     act = _float("linear", "x", x)
     _is("linear", "x", x, (tokens, packed.in_features), act)
@@ -182,16 +187,20 @@ def check_linear(out: torch.Tensor, x: torch.Tensor, packed: PackedLinear) -> No
     if out_dtype is not act and out_dtype is not _F32:
         raise KernelError(f"linear: out must be {act} as x, or float32, got {out_dtype}")
     _is("linear", "out", out, (tokens, packed.out_features), out_dtype)
+    return tokens
 
 
-def check_gather_rows(out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor) -> None:
-    """See ``Ops.gather_rows``."""
+def check_gather_rows(
+    out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor
+) -> tuple[int, int, int]:
+    """See ``Ops.gather_rows``; gives (S, H, T)."""
     tokens, width = _sizes("gather_rows", "x", x, "T,H")
     act = _float("gather_rows", "x", x)
     _is("gather_rows", "x", x, (tokens, width), act)
     count = _sizes("gather_rows", "rows", rows, "S")[0]
     _is("gather_rows", "rows", rows, (count,), _I64)
     _is("gather_rows", "out", out, (count, width), act)
+    return count, width, tokens
 
 
 def _check_logits(op: str, logits: torch.Tensor) -> torch.Size:
@@ -210,10 +219,10 @@ def check_apply_penalties(
     repetition: torch.Tensor,
     presence: torch.Tensor,
     frequency: torch.Tensor,
-) -> None:
-    """See ``Ops.apply_penalties``."""
+) -> torch.Size:
+    """See ``Ops.apply_penalties``; gives [S, V]."""
     op = "apply_penalties"
-    rows = _check_logits(op, logits)[0]
+    rows, _ = shape = _check_logits(op, logits)
     count = _sizes(op, "entry_rows", entry_rows, "E")[0]
     _is(op, "entry_rows", entry_rows, (count,), _I64)
     _is(op, "entry_ids", entry_ids, (count,), _I64)
@@ -221,6 +230,7 @@ def check_apply_penalties(
     _is(op, "repetition", repetition, (rows,), _F32)
     _is(op, "presence", presence, (rows,), _F32)
     _is(op, "frequency", frequency, (rows,), _F32)
+    return shape
 
 
 def check_add_bias(
@@ -228,13 +238,14 @@ def check_add_bias(
     bias_rows: torch.Tensor,
     bias_ids: torch.Tensor,
     bias_values: torch.Tensor,
-) -> None:
-    """See ``Ops.add_bias``."""
-    _check_logits("add_bias", logits)
+) -> torch.Size:
+    """See ``Ops.add_bias``; gives [S, V]."""
+    shape = _check_logits("add_bias", logits)
     count = _sizes("add_bias", "bias_rows", bias_rows, "E")[0]
     _is("add_bias", "bias_rows", bias_rows, (count,), _I64)
     _is("add_bias", "bias_ids", bias_ids, (count,), _I64)
     _is("add_bias", "bias_values", bias_values, (count,), _F32)
+    return shape
 
 
 def check_sample(
@@ -246,9 +257,10 @@ def check_sample(
     min_p: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
-) -> None:
-    """See ``Ops.sample``."""
-    rows = (_check_logits("sample", logits)[0],)
+) -> torch.Size:
+    """See ``Ops.sample``; gives [S, V]."""
+    shape = _check_logits("sample", logits)
+    rows = (shape[0],)
     _is("sample", "out_ids", out_ids, rows, _I64)
     _is("sample", "temperature", temperature, rows, _F32)
     _is("sample", "top_k", top_k, rows, _I32)
@@ -256,6 +268,7 @@ def check_sample(
     _is("sample", "min_p", min_p, rows, _F32)
     _is("sample", "seeds", seeds, rows, _I64)
     _is("sample", "positions", positions, rows, _I64)
+    return shape
 
 
 def check_logprobs(
@@ -265,12 +278,13 @@ def check_logprobs(
     logits: torch.Tensor,
     chosen: torch.Tensor,
     k: int,
-) -> None:
-    """See ``Ops.logprobs``."""
-    rows, vocab = _check_logits("logprobs", logits)
+) -> torch.Size:
+    """See ``Ops.logprobs``; gives [S, V]."""
+    rows, vocab = shape = _check_logits("logprobs", logits)
     if not 0 <= k <= vocab:
         raise KernelError(f"logprobs: k must be between 0 and the vocabulary, {vocab}, got {k}")
     _is("logprobs", "out_logprobs", out_logprobs, (rows, k + 1), _F32)
     _is("logprobs", "out_ids", out_ids, (rows, k + 1), _I64)
     _is("logprobs", "out_ranks", out_ranks, (rows,), _I64)
     _is("logprobs", "chosen", chosen, (rows,), _I64)
+    return shape

@@ -126,13 +126,12 @@ class ReferenceOps:
         eps: float,
     ) -> None:
         """See ``Ops.qk_norm_rope_write``."""
-        kv_heads, block_size = checks.check_qk_norm_rope_write(
+        _, q_heads, kv_heads, head_dim, _, block_size = checks.check_qk_norm_rope_write(
             q_out, qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache
         )
         _check_range("qk_norm_rope_write", "positions", positions, cos_sin.shape[0])
         _check_range("qk_norm_rope_write", "slots", slots, k_cache.shape[0] * block_size)
-        tokens, q_heads, head_dim = q_out.shape
-        heads = qkv.view(tokens, q_heads + 2 * kv_heads, head_dim)
+        heads = qkv.view(-1, q_heads + 2 * kv_heads, head_dim)
         q, k, v = heads.tensor_split((q_heads, q_heads + kv_heads), dim=1)
         angles = cos_sin[positions]
         q_out.copy_(_rotate(_normalise(q, q_weight, eps), angles))
@@ -153,7 +152,7 @@ class ReferenceOps:
         scale: float,
     ) -> None:
         """See ``Ops.paged_attention``."""
-        kv_heads, block_size = checks.check_paged_attention(
+        _, _, kv_heads, _, _, block_size = checks.check_paged_attention(
             out, q, k_cache, v_cache, block_tables, query_starts, context_lens
         )
         check_ragged(q, k_cache, block_tables, query_starts, context_lens)

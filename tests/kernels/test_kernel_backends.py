@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import Ops
+from kernels import Ops, cpu
 from kernels.cpu.fallback import TorchOps
 from tests.kernels import comparisons as compare
 from tests.kernels.comparisons import BF16, F16, F32
@@ -13,9 +13,9 @@ from tests.kernels.comparisons import BF16, F16, F32
 DTYPES = [(F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (F16, F16), (BF16, F32)]
 
 
-@pytest.fixture(params=["torch"], scope="module")
+@pytest.fixture(params=["torch", "native"], scope="module")
 def ops(request: pytest.FixtureRequest) -> Ops:
-    return TorchOps()
+    return TorchOps() if request.param == "torch" else cpu.load()
 
 
 @pytest.mark.parametrize(("act", "weight"), DTYPES)
