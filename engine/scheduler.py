@@ -178,17 +178,23 @@ class Scheduler:
         deltas: list[Delta] = []
         drawn = 0
         finished = False
-        for index, row in enumerate(plan.rows):
-            state = row.state
-            if state.phase is Phase.RUNNING:
-                self._advance(row, output.prompt_logprobs.get(index))
-                if row.samples:
+        running = Phase.RUNNING
+        for index, (state, start, num_new, samples, wants) in enumerate(plan.rows):
+            if state.phase is running:
+                end = state.num_computed = start + num_new
+                if end >= state.holding.publish_at:
+                    self._cache.publish(state.holding, state.token_ids, end)
+                if start < state.num_prompt:
+                    self._count_prompt(state, end)
+                if wants:
+                    self._collect(plan.rows[index], output.prompt_logprobs.get(index))
+                if samples:
                     delta = self._append(state, output.token_ids[drawn], output.logprobs[drawn])
                     deltas.append(delta)
                     finished = finished or delta.finish_reason is not None
-            drawn += row.samples
+            drawn += samples
         if finished:
-            self._running = [state for state in self._running if state.phase is Phase.RUNNING]
+            self._running = [state for state in self._running if state.phase is running]
         return deltas
 
     def check_integrity(self) -> None:
@@ -321,23 +327,21 @@ class Scheduler:
                 f"and {len(output.logprobs)} logprobs"
             )
 
-    def _advance(self, row: Row, prompt_logprobs: list[TokenLogprobs] | None) -> None:
-        """Count a row's tokens as computed and let others share the blocks they fill."""
+    def _count_prompt(self, state: RequestState, num_computed: int) -> None:
+        news = max(0, min(num_computed, state.num_prompt) - state.prompt_seen)
+        self._prompt_tokens += news
+        state.prompt_seen += news
+
+    def _collect(self, row: Row, prompt_logprobs: list[TokenLogprobs] | None) -> None:
+        """Keep what a row brought of its prompt's log-probabilities until they are complete."""
         state = row.state
-        end = state.num_computed = row.start + row.num_new
-        if end >= state.holding.publish_at:
-            self._cache.publish(state.holding, state.token_ids, end)
-        if state.prompt_seen < state.num_prompt:
-            news = max(0, min(end, state.num_prompt) - state.prompt_seen)
-            self._prompt_tokens += news
-            state.prompt_seen += news
-        if row.prompt_logprobs and state.prompt_logprobs is not None:
-            if prompt_logprobs is None or len(prompt_logprobs) != row.num_prompt_logprobs:
-                raise InvariantError(
-                    f"{row.num_prompt_logprobs} prompt logprobs are due for {state}, "
-                    f"the step brought {prompt_logprobs}"
-                )
-            state.prompt_logprobs += prompt_logprobs
+        if prompt_logprobs is None or len(prompt_logprobs) != row.num_prompt_logprobs:
+            raise InvariantError(
+                f"{row.num_prompt_logprobs} prompt logprobs are due for {state}, "
+                f"the step brought {prompt_logprobs}"
+            )
+        assert state.prompt_logprobs is not None
+        state.prompt_logprobs += prompt_logprobs
 
     def _append(self, state: RequestState, token_id: int, logprobs: TokenLogprobs | None) -> Delta:
         """Add a drawn token to its request, which may end with it."""
@@ -346,9 +350,8 @@ class Scheduler:
         counts = state.output_counts
         counts[token_id] = counts.get(token_id, 0) + 1
         self._generation_tokens += 1
-        request = state.request
         reason = None
-        if token_id in state.stop_ids and state.num_output > request.sampling.min_tokens:
+        if token_id in state.stop_ids and state.num_output > state.request.sampling.min_tokens:
             reason = FinishReason.STOP
         elif len(token_ids) >= state.max_len:
             reason = FinishReason.LENGTH
@@ -356,7 +359,7 @@ class Scheduler:
         if reason is not None:
             self._finish(state)
         return Delta(
-            request_id=request.request_id,
+            request_id=state.request.request_id,
             token_ids=[token_id],
             logprobs=None if logprobs is None else [logprobs],
             prompt_logprobs=prompt_logprobs,
