@@ -34,14 +34,14 @@ def resolve_model(name: str, on_progress: Progress | None = None) -> Path:
     if name == DEFAULT_MODEL:
         return _checked(_BUNDLED / DEFAULT_MODEL)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return _checked(path)
-    if path.exists():
+    if name and path.exists():
         raise CheckpointError(
             f"{name} is a file; give the directory with config.json and the .safetensors files"
         )
     if _looks_like_path(name):
-        raise CheckpointError(f"there is no directory {name} (looked for {path.absolute()})")
+        raise CheckpointError(f"there is no directory {name!r} (looked for {path.absolute()})")
     if not _HUB_NAME.fullmatch(name):
         raise CheckpointError(
             f"{name!r} is neither a directory nor a hub name such as Qwen/Qwen3-0.6B"

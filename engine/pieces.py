@@ -72,7 +72,7 @@ class SentencePieces:
         self.size = int(self._model.get_piece_size())
         self.each_segment_leads = each_segment_leads
         self._adds_space = self._model.normalize("a") != "a"
-        squeezes = self._model.normalize("a  b").count(_SPACE_MARK) < 2
+        squeezes = self._model.normalize("a  b") == self._model.normalize("a b")
         self.leading_space = (
             LeadingSpace.DROP_EACH
             if squeezes
