@@ -1,0 +1,165 @@
+"""Checkpoint directory -> weights in their stored type, one tensor at a time.
+
+Single or sharded safetensors, never pickle. Each tensor is copied (and converted) straight from the
+memory map into its place, merged with its neighbours where the model multiplies by them together,
+and its source pages are given back at once, so that memory peaks near the model's own size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from engine.errors import CheckpointError
+from engine.model_config import read_json
+from engine.tensor_file import TensorFile
+
+__all__ = ["WeightSource"]
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+class WeightSource:
+    """The tensors of a checkpoint, each to be taken once.
+
+    Args:
+        directory: holds ``model.safetensors`` or ``model.safetensors.index.json`` and its shards.
+        dtype: type of the tensors given out; None: the type of the first tensor asked for.
+        device: where they are put.
+        on_progress: called with the fraction of bytes taken, 0 to 1.
+
+    Raises CheckpointError when a file is missing, damaged, truncated, or not where the index says.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        on_progress: Callable[[float], None] | None = None,
+    ) -> None:
+        self._directory = directory
+        self._files = _open(directory)
+        self._dtype = dtype
+        self._device = torch.device(device)
+        self._on_progress = on_progress or (lambda fraction: None)
+        self._total_bytes = sum(file.nbytes(name) for name, file in self._files.items())
+        self._taken_bytes = 0
+        self._taken: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the tensors given out."""
+        if self._dtype is None:
+            raise CheckpointError(f"{self._directory} names no dtype and no tensor was read yet")
+        return self._dtype
+
+    def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """A contiguous copy of one tensor.
+
+        Raises CheckpointError when it is missing, has another shape, an unsupported type, or holds
+        a value that is not finite in the wanted type.
+        """
+        return self.take_rows([name], [shape])
+
+    def take_rows(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Several tensors, one below the other: equal shapes but for the first dimension.
+
+        Raises CheckpointError as ``take`` does.
+        """
+        files = [self._find(name, shape) for name, shape in zip(names, shapes, strict=True)]
+        if self._dtype is None:
+            self._dtype = files[0].dtype(names[0])
+        num_rows = sum(shape[0] for shape in shapes)
+        merged = torch.empty((num_rows, *shapes[0][1:]), dtype=self._dtype, device=self._device)
+        row = 0
+        for name, shape, file in zip(names, shapes, files, strict=True):
+            part = merged[row : row + shape[0]]
+            part.copy_(file.view(name))
+            self._check_finite(name, part, file)
+            row += shape[0]
+            self._done(name, file)
+        return merged
+
+    def skip(self, name: str) -> None:
+        """Leave a tensor out on purpose, if it is there."""
+        if name in self._files:
+            self._done(name, self._files[name])
+
+    def finish(self) -> None:
+        """Close the files. Raises CheckpointError if tensors were left over."""
+        left = sorted(self._files.keys() - self._taken)
+        if left:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            raise CheckpointError(
+                f"{self._files[left[0]].path} holds tensors that the model does not have: "
+                f"{', '.join(left[:3])}{more}; config.json and the weights do not belong together"
+            )
+        self._files = {}
+        self._on_progress(1.0)
+
+    def _find(self, name: str, shape: Sequence[int]) -> TensorFile:
+        file = self._files.get(name)
+        if file is None:
+            raise CheckpointError(f"{self._directory}: tensor {name} {list(shape)} is missing")
+        if file.shape(name) != tuple(shape):
+            raise CheckpointError(
+                f"{file.path}: tensor {name} has shape {list(file.shape(name))}; "
+                f"by config.json it must be {list(shape)}"
+            )
+        return file
+
+    def _check_finite(self, name: str, tensor: torch.Tensor, file: TensorFile) -> None:
+        if tensor.numel() == 0:
+            return
+        # The extremes carry every NaN and infinity, and cost one pass without a temporary.
+        low, high = torch.aminmax(tensor)
+        if bool(torch.isfinite(low) & torch.isfinite(high)):
+            return
+        stored = file.dtype(name)
+        hint = "" if stored == tensor.dtype else f" as {tensor.dtype} (stored as {stored})"
+        raise CheckpointError(f"{file.path}: tensor {name} holds values that are not finite{hint}")
+
+    def _done(self, name: str, file: TensorFile) -> None:
+        file.release(name)
+        if name not in self._taken:
+            self._taken.add(name)
+            self._taken_bytes += file.nbytes(name)
+            self._on_progress(self._taken_bytes / max(1, self._total_bytes))
+
+
+def _open(directory: Path) -> dict[str, TensorFile]:
+    """The file of every tensor."""
+    if (directory / _SINGLE).exists():
+        file = TensorFile(directory / _SINGLE)
+        return dict.fromkeys(file.names, file)
+    if (directory / _INDEX).exists():
+        return _open_shards(directory, directory / _INDEX)
+    suffixes = (".bin", ".pt", ".pth", ".safetensors")
+    others = sorted(path.name for path in directory.glob("*") if path.suffix in suffixes)
+    found = f"; found {', '.join(others[:4])}, which are not read" if others else ""
+    raise CheckpointError(f"{directory} holds neither {_SINGLE} nor {_INDEX}{found}")
+
+
+def _open_shards(directory: Path, index: Path) -> dict[str, TensorFile]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map must be an object of tensor and file names")
+    shards: dict[str, TensorFile] = {}
+    for name, shard in weight_map.items():
+        # A name with a directory in it could make us read any file of the machine.
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+            raise CheckpointError(
+                f"{index}: weight_map puts {name} in {shard!r}; it must be a file name"
+            )
+        if shard not in shards:
+            shards[shard] = TensorFile(directory / shard)
+        if name not in shards[shard]:
+            raise CheckpointError(f"{index} puts tensor {name} in {shard}, which does not hold it")
+    return {name: file for file in shards.values() for name in file.names}

@@ -1,0 +1,204 @@
+"""Plans in, tokens out: the loaded model on its device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from engine.batch import BatchBuilder
+from engine.cache import CacheManager, FullAttentionGroup
+from engine.config import Device, Dtype, EngineConfig
+from engine.errors import ConfigError
+from engine.hub import resolve_model
+from engine.loader import WeightSource
+from engine.memory import available_bytes, num_kv_blocks, zeroed_memory
+from engine.model_config import ModelConfig, read_model_config
+from engine.models import KVCache, Model, Workspace, family_of, kv_block_bytes
+from engine.sampler import Sampler
+from engine.scheduler import Scheduler
+from engine.steps import Plan, StepOutput
+from engine.types import ModelInfo, Request, SamplingParams
+from kernels import BackendUnavailable, Ops, select
+
+__all__ = ["Runner"]
+
+_TORCH_DTYPES = {
+    Dtype.BFLOAT16: torch.bfloat16,
+    Dtype.FLOAT16: torch.float16,
+    Dtype.FLOAT32: torch.float32,
+}
+
+
+class Runner:
+    """Loads a model, sizes its KV cache, and computes steps.
+
+    Args:
+        config: what to load and how much memory to use.
+        on_progress: called with what is going on and its finished fraction, 0 to 1.
+
+    Raises:
+        CheckpointError: the model is missing, damaged or not supported.
+        ConfigError: a setting does not fit the model or the device.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_progress: Callable[[str, float], None] = lambda stage, fraction: None,
+    ) -> None:
+        directory = resolve_model(config.model, on_progress)
+        model_config = read_model_config(directory)
+        family = family_of(model_config.architecture)
+        max_model_len = _max_model_len(config.max_model_len, model_config)
+        self._device, ops = _select_device(config.device)
+        self.batch_invariant = ops.batch_invariant
+        if self._device.type == "cpu":
+            _set_num_threads(config.num_threads)
+
+        wanted = model_config.dtype if config.dtype is Dtype.AUTO else config.dtype
+        source = WeightSource(
+            directory,
+            None if wanted is None else _TORCH_DTYPES[wanted],
+            self._device,
+            lambda fraction: on_progress("loading weights", fraction),
+        )
+        with torch.inference_mode():
+            self._model: Model = family(model_config, ops, source, max_model_len=max_model_len)
+            # 16-bit activations would cost a CPU conversions and gain it nothing.
+            act = torch.float32 if self._device.type == "cpu" else source.dtype
+            max_rows = min(config.max_num_seqs, config.max_num_tokens)
+            self._work = Workspace(model_config, config.max_num_tokens, max_rows, act, self._device)
+            self._cache = _allocate_cache(
+                config, model_config, max_model_len, source.dtype, self._device
+            )
+        self._builder = BatchBuilder(
+            config.block_size, config.max_num_tokens, max_rows, max_model_len, self._device
+        )
+        self._sampler = Sampler(
+            ops, model_config.vocab_size, model_config.eos_token_ids, max_rows, self._device
+        )
+        self.info = ModelInfo(
+            name=config.served_name or _name_of(config.model),
+            max_model_len=max_model_len,
+            vocab_size=model_config.vocab_size,
+            eos_token_ids=model_config.eos_token_ids,
+            num_parameters=self._model.num_parameters,
+            dtype=str(source.dtype).removeprefix("torch."),
+            device=str(self._device),
+            block_size=config.block_size,
+            num_blocks=self._cache.num_blocks,
+        )
+        on_progress("warming up", 0.0)
+        self._warm_up(min(32, config.max_num_tokens, max_model_len - 1))
+        on_progress("ready", 1.0)
+
+    @torch.inference_mode()
+    def step(self, plan: Plan) -> StepOutput:
+        """Compute the plan's rows and draw a token for those that sample."""
+        if not plan.rows:
+            return StepOutput([], [], {})
+        batch = self._builder.build(plan)
+        self._sampler.enter(batch)
+        hidden = self._model.hidden(batch, self._cache, self._work)  # [W, E]
+        num_samples = batch.num_samples
+        logits = self._logits(hidden, 0, num_samples)
+        token_ids, logprobs = self._sampler.sample(batch, logits)
+        prompt_logprobs = self._sampler.prompt_logprobs(
+            batch, lambda start, end: self._logits(hidden, start, end), len(self._work.logits)
+        )
+        return StepOutput(token_ids, logprobs, prompt_logprobs)
+
+    def _logits(self, hidden: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """Logits ``[end - start, V]`` of these output rows, valid until the next call."""
+        out = self._work.logits[: end - start]
+        self._model.logits(hidden[start:end], out)
+        return out
+
+    def _warm_up(self, num_tokens: int) -> None:
+        """Run a prompt and a token through everything, so that no request pays for first calls."""
+        info = self.info
+        cache = CacheManager(
+            [FullAttentionGroup()], num_blocks=info.num_blocks, block_size=info.block_size
+        )
+        scheduler = Scheduler(
+            cache,
+            max_num_tokens=num_tokens,
+            max_num_seqs=1,
+            max_model_len=info.max_model_len,
+            eos_token_ids=(),
+        )
+        for temperature in (0.0, 1.0):
+            sampling = SamplingParams(max_tokens=2, temperature=temperature, logprobs=1)
+            request = Request(
+                request_id="warm-up",
+                prompt_ids=[0] * max(1, num_tokens - 1),
+                sampling=sampling,
+                cache_salt="warm-up",
+            )
+            scheduler.add(request)
+            while scheduler.has_work:
+                plan = scheduler.plan()
+                scheduler.commit(plan, self.step(plan))
+
+
+def _max_model_len(wanted: int | None, model: ModelConfig) -> int:
+    if wanted is None:
+        return model.max_context
+    if wanted > model.max_context:
+        raise ConfigError(
+            f"max_model_len is {wanted}; this model's positions reach {model.max_context}"
+        )
+    return wanted
+
+
+def _select_device(wanted: Device) -> tuple[torch.device, Ops]:
+    """The device and its kernels; ``auto`` takes a GPU if both it and kernels for it are there."""
+    if wanted is Device.CUDA and not torch.cuda.is_available():
+        raise ConfigError(
+            "device is cuda, but torch finds no GPU: use cpu, or install torch for CUDA"
+        )
+    if wanted is not Device.CPU and torch.cuda.is_available():
+        try:
+            return torch.device("cuda", torch.cuda.current_device()), select("cuda")
+        except BackendUnavailable as error:
+            if wanted is Device.CUDA:
+                raise ConfigError(f"device is cuda, but: {error}") from error
+    try:
+        return torch.device("cpu"), select("cpu")
+    except BackendUnavailable as error:
+        raise ConfigError(f"device is cpu, but: {error}") from error
+
+
+def _set_num_threads(wanted: int | None) -> None:
+    from kernels.cpu import set_num_threads
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    set_num_threads(wanted or usable or 1)
+
+
+def _allocate_cache(
+    config: EngineConfig,
+    model: ModelConfig,
+    max_model_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KVCache:
+    block_bytes = kv_block_bytes(model, config.block_size, dtype)
+    num_blocks = num_kv_blocks(
+        block_bytes=block_bytes,
+        block_size=config.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        memory_bytes=config.kv_memory_bytes,
+        available_bytes=available_bytes(device),
+    )
+    memory = zeroed_memory(num_blocks * block_bytes, device)
+    return KVCache(model, memory, num_blocks, config.block_size, dtype)
+
+
+def _name_of(model: str) -> str:
+    """``owner/model@revision`` or a directory -> ``model``."""
+    return Path(model).expanduser().resolve().name.partition("@")[0]
