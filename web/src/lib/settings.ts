@@ -31,11 +31,11 @@ export interface NumberField {
 }
 
 export const NUMBER_FIELDS: readonly NumberField[] = [
-  { key: "temperature", label: "Temperature", hint: "0 always takes the likeliest token; higher is more varied.", least: 0, most: 2, step: 0.05 },
-  { key: "topP", label: "Top-p", hint: "Draw only from the likeliest tokens that together reach this share.", least: 0.01, most: 1, step: 0.01 },
-  { key: "topK", label: "Top-k", hint: "Draw only from this many likeliest tokens.", least: 1, most: 1000, step: 1 },
-  { key: "maxTokens", label: "Longest answer", hint: "In tokens. Empty: as long as the context allows.", least: 1, most: 1_000_000, step: 1 },
-  { key: "seed", label: "Seed", hint: "The same seed gives the same answer to the same question.", least: 0, most: 4_294_967_295, step: 1 },
+  { key: "temperature", label: "Temperature", hint: "0 is strict, 1 is lively.", least: 0, most: 2, step: 0.05 },
+  { key: "topP", label: "Top-p", hint: "Share of likely tokens kept.", least: 0.01, most: 1, step: 0.01 },
+  { key: "topK", label: "Top-k", hint: "Number of likely tokens kept.", least: 1, most: 1000, step: 1 },
+  { key: "maxTokens", label: "Longest answer", hint: "In tokens.", least: 1, most: 1_000_000, step: 1 },
+  { key: "seed", label: "Seed", hint: "The same seed repeats the same answer.", least: 0, most: 4_294_967_295, step: 1 },
 ];
 
 /** Reads one number as typed: null when empty, a message when it will not do. */

@@ -1,0 +1,115 @@
+"""Takes pictures of the page in front of a running server, to look at.
+
+    python tests/web/shots.py --url http://127.0.0.1:8000 --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Page, Playwright, sync_playwright
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.web.chromium import launch  # noqa: E402
+
+WIDE = {"width": 1280, "height": 800}
+NARROW = {"width": 360, "height": 740}
+ANSWER_TIMEOUT_MS = 120_000
+
+
+@contextmanager
+def opened(playwright: Playwright, url: str, **options: Any) -> Iterator[Page]:
+    """Open the page in a fresh profile."""
+    with tempfile.TemporaryDirectory() as profile:
+        context = launch(playwright, Path(profile), reduced_motion="reduce", **options)
+        page = context.pages[0]
+        page.goto(url)
+        page.get_by_text("Connected").wait_for(state="attached")
+        yield page
+        context.close()
+
+
+def ask(page: Page, question: str, *, wait: bool = True) -> None:
+    """Send a question and, unless told otherwise, wait for the end of its answer."""
+    page.get_by_label("Message", exact=True).fill(question)
+    page.get_by_role("button", name="Send").click()
+    if wait:
+        page.get_by_role("button", name="Regenerate answer").wait_for(timeout=ANSWER_TIMEOUT_MS)
+
+
+def talk(page: Page) -> None:
+    """Hold the conversation that the pictures show."""
+    ask(page, "Hi! How are you today?")
+    ask(page, "Write a Python function that reverses a string.")
+
+
+def empty(page: Page, shot: Callable[[str], None]) -> None:
+    shot("empty")
+    page.get_by_label("Settings").click()
+    shot("settings")
+
+
+def conversation(page: Page, shot: Callable[[str], None]) -> None:
+    talk(page)
+    shot("chat")
+    page.get_by_label("Message", exact=True).fill("Tell me about a long slow river, please.")
+    page.keyboard.press("Enter")
+    page.locator(".body.live").wait_for(timeout=ANSWER_TIMEOUT_MS)
+    shot("streaming")
+    page.get_by_role("button", name="Regenerate answer").wait_for(timeout=ANSWER_TIMEOUT_MS)
+    page.keyboard.press("Control+k")
+    ask(page, "你好！你会说中文吗？")
+    shot("chinese")
+    page.get_by_role("button", name="Delete").first.click()
+    shot("delete")
+
+
+def narrow(page: Page, shot: Callable[[str], None]) -> None:
+    shot("empty")
+    talk(page)
+    shot("chat")
+    page.get_by_label("Open the sidebar").click()
+    shot("drawer")
+    page.keyboard.press("Escape")
+    page.get_by_label("Settings").click()
+    shot("settings")
+
+
+SCENES = {
+    "light": (WIDE, "light", (empty, conversation)),
+    "dark": (WIDE, "dark", (empty, conversation)),
+    "narrow": (NARROW, "light", (narrow,)),
+    "narrow-dark": (NARROW, "dark", (narrow,)),
+}
+
+
+def main() -> None:
+    """Take all pictures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scene", choices=list(SCENES), action="append")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        for name in options.scene or SCENES:
+            viewport, scheme, parts = SCENES[name]
+            for part in parts:
+                with opened(playwright, options.url, viewport=viewport, color_scheme=scheme) as page:
+
+                    def shot(what: str, name: str = name, page: Page = page) -> None:
+                        path = options.out / f"{name}-{what}.png"
+                        page.screenshot(path=path)
+                        print(path)  # noqa: T201
+
+                    part(page, shot)
+
+
+if __name__ == "__main__":
+    main()

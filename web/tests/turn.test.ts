@@ -1,0 +1,95 @@
+import { describe, expect, it } from "vitest";
+import { advance, breakOff, fail, isEnded, newTurn, resume, stop, type TurnState } from "../src/lib/turn";
+import { LOST, UNCONFIRMED } from "../src/lib/problem";
+import { answerEvents, delta } from "./events";
+import type { TurnEvent } from "../src/lib/wire";
+
+function play(events: readonly TurnEvent[], from: TurnState = newTurn(0)): TurnState {
+  return events.reduce((state, event, at) => advance(state, event, 100 + at)[0], from);
+}
+
+describe("advance", () => {
+  it("puts an answer together from its events", () => {
+    const state = play(answerEvents(["Hel", "lo ", "you"]));
+    expect(state.phase).toBe("completed");
+    expect(state.text).toBe("Hello you");
+    expect(state.responseId).toBe("resp_1");
+    expect(state.itemId).toBe("msg_1");
+    expect(state.usage?.output_tokens).toBe(3);
+  });
+
+  it("drops events it already has and refuses gaps, so that resuming never doubles text", () => {
+    const events = answerEvents(["a", "b", "c"]);
+    const half = play(events.slice(0, 5));
+    expect(half.text).toBe("a");
+    for (const again of events.slice(0, 5)) expect(advance(half, again, 0)).toEqual([half, "duplicate"]);
+    const later = events[6];
+    if (later === undefined) throw new Error("too few events");
+    expect(advance(half, later, 0)).toEqual([half, "gap"]);
+    expect(play(events, half).text).toBe("abc");
+  });
+
+  it("gives the same text wherever the stream is cut and resumed", () => {
+    const events = answerEvents(["one ", "two ", "three"]);
+    for (let cut = 1; cut < events.length; cut++) {
+      const resumed = resume(play(events.slice(0, cut)));
+      const after = resumed.lastSequence;
+      const state = play(events.filter((event) => after === null || (event.sequence_number ?? 0) > after), resumed);
+      expect(state.text).toBe("one two three");
+      expect(state.phase).toBe("completed");
+      expect(state.resumed).toBe(1);
+    }
+  });
+
+  it("takes nothing after the terminal event", () => {
+    const state = play(answerEvents(["x"]));
+    expect(advance(state, delta("y", (state.lastSequence ?? 0) + 1), 0)[0]).toBe(state);
+  });
+
+  it.each([
+    ["response.cancelled", "cancelled"],
+    ["response.incomplete", "incomplete"],
+    ["response.failed", "failed"],
+  ] as const)("never shows an answer that ended with %s as complete", (type, phase) => {
+    const events = answerEvents(["half of"]).slice(0, -1);
+    const response = { id: "resp_1", error: { code: "server_error", message: "no memory" }, incomplete_details: { reason: "max_output_tokens" } };
+    const state = play([...events, { type, sequence_number: events.length, response }]);
+    expect(state.phase).toBe(phase);
+    expect(state.text).toBe("half of");
+    expect(state.problem !== null).toBe(phase === "failed");
+    expect(state.incompleteReason).toBe("max_output_tokens");
+  });
+
+  it("ends on an error event, flat or nested", () => {
+    const flat = advance(newTurn(0), { type: "error", message: "too long", code: "context_length_exceeded" }, 0)[0];
+    expect(flat.problem?.kind).toBe("context");
+    const nested = advance(newTurn(0), { type: "error", status: 429, error: { message: "slow down" } }, 0)[0];
+    expect([nested.phase, nested.problem?.kind]).toEqual(["failed", "busy"]);
+  });
+
+  it("breaks off when the server says that history is lost", () => {
+    const state = advance(play(answerEvents(["a"]).slice(0, 5)), { type: "discontinuity", sequence_number: 9 }, 0)[0];
+    expect(state.phase).toBe("broken");
+  });
+
+  it("ignores events it does not know, and still counts them", () => {
+    const [state, verdict] = advance(newTurn(0), { type: "response.millrace.prompt", sequence_number: 0 }, 0);
+    expect([state.lastSequence, verdict]).toEqual([0, "applied"]);
+  });
+});
+
+describe("phases", () => {
+  it("cannot leave an end", () => {
+    const done = play(answerEvents(["x"]));
+    for (const change of [(s: TurnState) => fail(s, UNCONFIRMED), (s: TurnState) => breakOff(s, LOST), resume, stop]) {
+      expect(change(done)).toBe(done);
+    }
+    expect(isEnded(done.phase)).toBe(true);
+  });
+
+  it("does not time what it did not see", () => {
+    const followed = play(answerEvents(["a", "b"]), newTurn(null, "resp_1"));
+    expect([followed.firstTextAt, followed.lastTextAt]).toEqual([null, null]);
+    expect(resume(play(answerEvents(["a", "b"]).slice(0, 6))).firstTextAt).toBeNull();
+  });
+});
