@@ -121,7 +121,9 @@ def zeroed_memory(num_bytes: int, device: torch.device) -> torch.Tensor:
     try:
         if device.type != "cpu":
             return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        memory = mmap.mmap(-1, num_bytes)
+        # Private, because the system backs shared memory with small pages only.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        memory = mmap.mmap(-1, num_bytes, flags=flags)
     except (OSError, torch.OutOfMemoryError) as error:
         raise ConfigError(
             f"{device} cannot give the KV cache {num_bytes} bytes; lower kv_memory_bytes "

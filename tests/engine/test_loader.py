@@ -106,7 +106,7 @@ def test_refuses_values_that_are_not_finite(value: float, tmp_path: Path) -> Non
 
 def test_refuses_values_too_large_for_the_wanted_type(tmp_path: Path) -> None:
     source = WeightSource(single(tmp_path, {"a": TENSORS["a"] * 1e6}), torch.float16)
-    with pytest.raises(CheckpointError, match="not finite as torch.float16"):
+    with pytest.raises(CheckpointError, match=r"not finite as torch\.float16"):
         source.take("a", [3, 4])
 
 
