@@ -19,6 +19,8 @@ __all__ = ["Batch", "BatchBuilder", "PromptRows"]
 
 Ints = npt.NDArray[np.int64]
 
+_ZERO = np.zeros(1, dtype=np.int64)
+
 
 class PromptRows(NamedTuple):
     """Output rows that predict prompt tokens of one request."""
@@ -60,13 +62,44 @@ class Batch(NamedTuple):
 class _Line:
     """The owner of a row slot and how much of its block list the table has."""
 
-    __slots__ = ("blocks", "num_blocks", "slot", "state")
+    __slots__ = ("blocks", "groups", "num_blocks", "slot", "state")
 
     def __init__(self, slot: int, state: RequestState) -> None:
         self.slot = slot
         self.state = state
+        self.groups = state.block_ids
         self.blocks: list[int] | None = None
         self.num_blocks = 0
+
+
+class _Staging:
+    """Memory on the host for several arrays of one type, which go to the device in one copy."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._device = device
+        self._tensor = torch.empty(size, dtype=dtype, pin_memory=device.type == "cuda")
+        self._array = self._tensor.numpy()
+
+    def send(self, *arrays: npt.NDArray[np.signedinteger]) -> list[torch.Tensor]:
+        """One tensor for each array; the next call overwrites them."""
+        sizes = [len(array) for array in arrays]
+        total = sum(sizes)
+        np.concatenate(arrays, out=self._array[:total], casting="same_kind")
+        sent = self._tensor[:total]
+        if self._device.type != "cpu":
+            sent = sent.to(self._device, non_blocking=True)
+        return list(torch.split(sent, sizes))
+
+
+class _Columns(NamedTuple):
+    """The rows of a plan as arrays."""
+
+    ids: Ints  # [T] new tokens
+    starts: Ints  # [R] position of the first of them
+    counts: Ints  # [R] how many there are
+    row_slots: Ints  # [R]
+    picked: Ints  # [S] rows that sample
+    samplers: list[Row]  # S
 
 
 class BatchBuilder:
@@ -89,26 +122,53 @@ class BatchBuilder:
         device: torch.device,
     ) -> None:
         self._block_size = block_size
-        self._device = device
         max_blocks = -(-max_model_len // block_size)
         self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._lines: dict[int, _Line] = {}  # by id() of the state, which the line keeps alive
-        pinned = device.type == "cuda"
-        self._tokens = torch.empty((4, max_num_tokens), dtype=torch.int64, pin_memory=pinned)
-        self._rows = torch.empty((2, max_num_seqs + 1), dtype=torch.int32, pin_memory=pinned)
-        self._tables = torch.empty(self._table.size, dtype=torch.int32, pin_memory=pinned)
+        self._longs = _Staging(4 * max_num_tokens, torch.int64, device)
+        self._ints = _Staging(self._table.size + 2 * max_num_seqs + 1, torch.int32, device)
 
     def build(self, plan: Plan) -> Batch:
         """The tensors of a plan with at least one row."""
-        ids: list[int] = []
-        starts, counts, slots, samplers, sampler_rows = [], [], [], [], []
         entered = self._assign(plan.rows)
-        for index, row in enumerate(plan.rows):
-            state, start, num_new = row.state, row.start, row.num_new
-            line = self._lines[id(state)]
-            blocks = state.block_ids[0]
-            if blocks is not line.blocks or len(blocks) != line.num_blocks:
+        ids, starts, counts, row_slots, picked, samplers = self._columns(plan.rows)
+        block_size = self._block_size
+        ends, contexts = counts.cumsum(), starts + counts  # [R]
+        firsts = ends - counts
+        positions = np.arange(len(ids)) + (starts - firsts).repeat(counts)  # [T]
+        blocks = self._table[row_slots.repeat(counts), positions // block_size].astype(np.int64)
+        slots = blocks * block_size + positions % block_size  # [T]
+        outputs, prompt_rows = _prompt_rows(plan.rows, firsts, ends[picked] - 1)
+        width = -(-int(contexts.max()) // block_size)
+        tables = self._table[row_slots, :width]  # [R, width]
+        longs = self._longs.send(ids, positions, slots, outputs)
+        block_tables, query_starts, context_lens = self._ints.send(
+            tables.ravel(), np.concatenate((_ZERO, ends)), contexts
+        )
+        return Batch(
+            ids=longs[0],
+            positions=longs[1],
+            slots=longs[2],
+            output_rows=longs[3],
+            block_tables=block_tables.view(tables.shape),
+            query_starts=query_starts,
+            context_lens=context_lens,
+            samplers=samplers,
+            sampler_slots=row_slots[picked],
+            prompt_rows=prompt_rows,
+            entered=entered,
+        )
+
+    def _columns(self, rows: list[Row]) -> _Columns:
+        lines = self._lines
+        ids: list[int] = []
+        starts, counts, row_slots, picked, samplers = [], [], [], [], []
+        for index, row in enumerate(rows):
+            state, start, num_new, samples, _ = row
+            line = lines[id(state)]
+            blocks = line.groups[0]
+            if len(blocks) != line.num_blocks or blocks is not line.blocks:
                 self._extend(line, blocks)
             if num_new == 1:
                 ids.append(state.token_ids[start])
@@ -116,56 +176,18 @@ class BatchBuilder:
                 ids += state.token_ids[start : start + num_new]
             starts.append(start)
             counts.append(num_new)
-            slots.append(line.slot)
-            if row.samples:
+            row_slots.append(line.slot)
+            if samples:
                 samplers.append(row)
-                sampler_rows.append(index)
-        starts_np, counts_np = np.array(starts), np.array(counts)
-        slots_np = np.array(slots)
-        ends = np.cumsum(counts_np)
-        outputs, prompt_rows = _prompt_rows(plan.rows, ends - counts_np, len(samplers))
-        picked = ends[sampler_rows] - 1 if sampler_rows else ends[:0]
-        output_rows = self._stage(self._tokens[3], np.concatenate((picked, *outputs)))
-        positions, token_slots = self._places(starts_np, counts_np, ends, slots_np)
-        contexts = starts_np + counts_np
-        return Batch(
-            ids=self._stage(self._tokens[0], np.array(ids)),
-            positions=self._stage(self._tokens[1], positions),
-            slots=self._stage(self._tokens[2], token_slots),
-            block_tables=self._block_tables(slots_np, int(contexts.max())),
-            query_starts=self._stage(self._rows[0], np.concatenate(([0], ends))),
-            context_lens=self._stage(self._rows[1], contexts),
-            output_rows=output_rows,
-            samplers=samplers,
-            sampler_slots=slots_np[sampler_rows] if sampler_rows else slots_np[:0],
-            prompt_rows=prompt_rows,
-            entered=entered,
+                picked.append(index)
+        return _Columns(
+            np.array(ids),
+            np.array(starts),
+            np.array(counts),
+            np.array(row_slots),
+            np.array(picked, dtype=np.int64),
+            samplers,
         )
-
-    def _places(self, starts: Ints, counts: Ints, ends: Ints, row_slots: Ints) -> tuple[Ints, Ints]:
-        """Position and cache slot of each new token, ``[T]`` both."""
-        block_size = self._block_size
-        positions = np.arange(ends[-1]) - np.repeat(ends - counts - starts, counts)
-        row_slot_of_token = np.repeat(row_slots, counts)
-        blocks = self._table[row_slot_of_token, positions // block_size].astype(np.int64)
-        return positions, blocks * block_size + positions % block_size
-
-    def _block_tables(self, row_slots: Ints, longest: int) -> torch.Tensor:
-        """The blocks of each request, as many as the longest one needs."""
-        width = -(-longest // self._block_size)
-        tables = self._tables[: len(row_slots) * width].view(len(row_slots), width)
-        np.take(self._table[:, :width], row_slots, axis=0, out=tables.numpy(), mode="clip")
-        return self._send(tables)
-
-    def _stage(self, memory: torch.Tensor, values: Ints) -> torch.Tensor:
-        part = memory[: len(values)]
-        part.numpy()[:] = values
-        return self._send(part)
-
-    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._device.type == "cpu":
-            return tensor
-        return tensor.to(self._device, non_blocking=True)
 
     def _assign(self, rows: list[Row]) -> list[tuple[int, RequestState]]:
         """Give each row's request a slot; requests that are not in this plan lose theirs."""
@@ -199,17 +221,20 @@ class BatchBuilder:
 
 
 def _prompt_rows(
-    rows: list[Row], first_tokens: Ints, num_samples: int
-) -> tuple[list[Ints], list[PromptRows]]:
-    """Token rows, and what they are, of the positions that predict wanted prompt tokens."""
-    outputs: list[Ints] = []
+    rows: list[Row], first_tokens: Ints, sampling_tokens: Ints
+) -> tuple[Ints, list[PromptRows]]:
+    """Tokens with wanted logits: those that sample, then those that predict wanted prompt tokens.
+
+    The second value says what the latter are.
+    """
+    outputs = [sampling_tokens]
     found: list[PromptRows] = []
-    output = num_samples
+    num_outputs = len(sampling_tokens)
     for index, row in enumerate(rows):
-        count = row.num_prompt_logprobs
-        if count > 0:
-            first = int(first_tokens[index])
-            outputs.append(np.arange(first, first + count))
-            found.append(PromptRows(index, row.state, output, row.start + 1, count))
-            output += count
-    return outputs, found
+        if not row.prompt_logprobs:
+            continue
+        count, first = row.num_prompt_logprobs, int(first_tokens[index])
+        outputs.append(np.arange(first, first + count))
+        found.append(PromptRows(index, row.state, num_outputs, row.start + 1, count))
+        num_outputs += count
+    return np.concatenate(outputs), found
