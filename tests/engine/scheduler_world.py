@@ -176,18 +176,22 @@ class World:
             chunk_tokens=settings.chunk_tokens,
         )
         self.live: dict[str, _Record] = {}
-        self.done: dict[str, _Record] = {}
+        self.done: list[_Record] = []
         self.slots: dict[int, int] = {}
         self._arrivals = 0
 
+    @property
+    def max_request_tokens(self) -> int:
+        """Most tokens of prompt and answer together that can be served: the last needs no slot."""
+        usable_tokens = (self.settings.num_blocks - 1) * self.settings.block_size
+        return min(self.settings.max_model_len, usable_tokens + 1)
+
     def add(self, request: Request) -> bool:
         """Submit; False if it was refused, which must be because it could never fit."""
-        usable_tokens = (self.settings.num_blocks - 1) * self.settings.block_size
-        total = min(
-            len(request.prompt_ids) + request.sampling.max_tokens, self.settings.max_model_len
-        )
-        too_long = len(request.prompt_ids) >= self.settings.max_model_len
-        could_fit = not too_long and total - 1 <= usable_tokens
+        prompt_len = len(request.prompt_ids)
+        total = min(prompt_len + request.sampling.max_tokens, self.settings.max_model_len)
+        too_long = prompt_len >= self.settings.max_model_len
+        could_fit = not too_long and total <= self.max_request_tokens
         try:
             self.scheduler.add(request)
         except RequestError:
@@ -238,12 +242,10 @@ class World:
         assert self.cache.num_free == self.cache.num_usable
         stats = self.scheduler.stats()
         assert stats["running"] == stats["waiting"] == 0
-        assert stats["generation_tokens"] == sum(len(r.tokens) for r in self.done.values())
-        prompts = sum(len(r.request.prompt_ids) for r in self.done.values())
+        assert stats["generation_tokens"] == sum(len(r.tokens) for r in self.done)
+        prompts = sum(len(r.request.prompt_ids) for r in self.done)
         counted = stats["prompt_tokens"] + stats["cached_tokens"]
-        aborted = any(
-            r.last and r.last.finish_reason is FinishReason.ABORT for r in self.done.values()
-        )
+        aborted = any(r.last and r.last.finish_reason is FinishReason.ABORT for r in self.done)
         assert counted <= prompts if aborted else counted == prompts
 
     def _check_plan(self, plan: Any) -> None:
@@ -333,7 +335,7 @@ class World:
                 assert len(delta.token_ids) == 1
             else:
                 record.last = delta
-                self.done[delta.request_id] = self.live.pop(delta.request_id)
+                self.done.append(self.live.pop(delta.request_id))
                 self._check_finished(record, delta)
 
     def _check_finished(self, record: _Record, delta: Delta) -> None:
