@@ -1,8 +1,8 @@
 """Checkpoint directory -> weights in their stored type, one tensor at a time.
 
-Single or sharded safetensors, never pickle. Each tensor is copied (and converted) straight from the
-memory map into its place, merged with its neighbours where the model multiplies by them together,
-and its source pages are given back at once, so that memory peaks near the model's own size.
+Single or sharded safetensors, never pickle. Each tensor is read straight into its place, merged
+with its neighbours where the model multiplies by them together, and converted a piece at a time, so
+that memory peaks near the model's own size.
 """
 
 from __future__ import annotations
@@ -18,6 +18,12 @@ from engine.tensor_file import TensorFile
 
 __all__ = ["WeightSource"]
 
+_EXPONENTS = {
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F800000),
+}
+"""Integer type of the same size, and the bits of the exponent (IEEE 754)."""
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
@@ -81,8 +87,7 @@ class WeightSource:
         row = 0
         for name, shape, file in zip(names, shapes, files, strict=True):
             part = merged[row : row + shape[0]]
-            part.copy_(file.view(name))
-            self._check_finite(name, part, file)
+            self._copy(name, file, part)
             row += shape[0]
             self._done(name, file)
         return merged
@@ -93,7 +98,7 @@ class WeightSource:
             self._done(name, self._files[name])
 
     def finish(self) -> None:
-        """Close the files. Raises CheckpointError if tensors were left over."""
+        """Forget the files. Raises CheckpointError if tensors were left over."""
         left = sorted(self._files.keys() - self._taken)
         if left:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
@@ -115,23 +120,34 @@ class WeightSource:
             )
         return file
 
-    def _check_finite(self, name: str, tensor: torch.Tensor, file: TensorFile) -> None:
-        if tensor.numel() == 0:
-            return
-        # The extremes carry every NaN and infinity, and cost one pass without a temporary.
-        low, high = torch.aminmax(tensor)
-        if bool(torch.isfinite(low) & torch.isfinite(high)):
-            return
+    def _copy(self, name: str, file: TensorFile, out: torch.Tensor) -> None:
+        """Read one tensor into ``out``, converting and checking each piece."""
         stored = file.dtype(name)
-        hint = "" if stored == tensor.dtype else f" as {tensor.dtype} (stored as {stored})"
-        raise CheckpointError(f"{file.path}: tensor {name} holds values that are not finite{hint}")
+        in_place = stored is out.dtype and out.device.type == "cpu"
+        flat, start = out.view(-1), 0
+        for piece in file.chunks(name, out if in_place else None):
+            converted = piece.to(out.dtype)
+            if not _is_finite(converted):
+                hint = "" if stored is out.dtype else f" as {out.dtype} (stored as {stored})"
+                raise CheckpointError(
+                    f"{file.path}: tensor {name} holds values that are not finite{hint}"
+                )
+            if not in_place:
+                flat[start : start + len(piece)].copy_(converted)
+            start += len(piece)
 
     def _done(self, name: str, file: TensorFile) -> None:
-        file.release(name)
         if name not in self._taken:
             self._taken.add(name)
             self._taken_bytes += file.nbytes(name)
             self._on_progress(self._taken_bytes / max(1, self._total_bytes))
+
+
+def _is_finite(piece: torch.Tensor) -> bool:
+    """Whether no exponent has all its bits set; torch's own test is 20 times slower."""
+    integer, exponent = _EXPONENTS[piece.dtype]
+    bits = piece.view(integer).numpy()
+    return not len(bits) or int((bits & bits.dtype.type(exponent)).max()) != exponent
 
 
 def _open(directory: Path) -> dict[str, TensorFile]:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import mmap
-from pathlib import Path
 
 import psutil
 import torch
 
+from engine.cgroups import memory_left_bytes
 from engine.errors import ConfigError
 
-__all__ = ["available_bytes", "cgroup_available_bytes", "num_kv_blocks", "zeroed_memory"]
+__all__ = ["available_bytes", "num_kv_blocks", "zeroed_memory"]
 
 _CPU_SHARE = 0.5
 """Of the memory free on the machine; the server, its tools and the page cache want some too."""
 _GPU_SHARE = 0.9
-_UNLIMITED_BYTES = 1 << 60
-"""cgroup v1 writes "no limit" as a huge number."""
 
 
 def available_bytes(device: torch.device) -> int:
@@ -24,55 +22,8 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * _GPU_SHARE)
     free = psutil.virtual_memory().available
-    limit = cgroup_available_bytes()
+    limit = memory_left_bytes()
     return int((free if limit is None else min(free, limit)) * _CPU_SHARE)
-
-
-def cgroup_available_bytes(
-    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> int | None:
-    """Bytes left under the memory limits of this process's control groups; None: no limit.
-
-    Reads version 2 and version 1 (https://docs.kernel.org/admin-guide/cgroup-v2.html). A limit of
-    any parent counts. Page cache that can be dropped counts as free.
-    """
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return None
-    left = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        names = controllers.split(",")
-        if controllers == "":
-            base, limit, usage, stat_key = root, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in names:
-            base, limit, usage = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            stat_key = "total_inactive_file"
-        else:
-            continue
-        group = base / path.lstrip("/")
-        while True:
-            room = _room(group, limit, usage, stat_key)
-            if room is not None:
-                left.append(room)
-            if group == base or base not in group.parents:
-                break
-            group = group.parent
-    return min(left, default=None)
-
-
-def _room(group: Path, limit: str, usage: str, stat_key: str) -> int | None:
-    """Bytes left in one group; None if it has no limit or is not visible from here."""
-    try:
-        text = (group / limit).read_text().strip()
-        if text == "max" or int(text) >= _UNLIMITED_BYTES:
-            return None
-        used = int((group / usage).read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return None
-    return max(0, int(text) - used + int(stat.get(stat_key, 0)))
 
 
 def num_kv_blocks(

@@ -10,6 +10,7 @@ import torch
 
 from engine.batch import BatchBuilder
 from engine.cache import CacheManager, FullAttentionGroup
+from engine.cgroups import cpu_limit
 from engine.config import Device, Dtype, EngineConfig
 from engine.errors import ConfigError
 from engine.hub import resolve_model
@@ -175,8 +176,17 @@ def _select_device(wanted: Device) -> tuple[torch.device, Ops]:
 def _set_num_threads(wanted: int | None) -> None:
     from kernels.cpu import set_num_threads
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    set_num_threads(wanted or usable or 1)
+    # What torch itself still does is small, and its threads would only fight with the kernels' own;
+    # where there are none of those, the next call gives torch its threads back.
+    torch.set_num_threads(1)
+    set_num_threads(wanted or _usable_cores())
+
+
+def _usable_cores() -> int:
+    """Cores this process may run on, by affinity and by a container's limit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    limit = cpu_limit()
+    return max(1, min(cores or 1, int(limit or 1 << 16)))
 
 
 def _allocate_cache(

@@ -14,7 +14,14 @@ import torch
 from engine.batch import Batch
 from engine.loader import WeightSource
 from engine.model_config import ModelConfig
-from engine.models.layers import KVCache, StepBuffers, Workspace, load_linear, rope_table
+from engine.models.layers import (
+    KVCache,
+    Linear,
+    StepBuffers,
+    Workspace,
+    load_linear,
+    rope_table,
+)
 from kernels import Ops
 
 __all__ = ["Qwen3"]
@@ -125,10 +132,11 @@ class Qwen3:
             for index in range(config.num_layers)
         ]
         self.norm = source.take("model.norm.weight", [config.hidden_size])
-        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        self.head = load_linear(ops, source, [head], [config.vocab_size], config.hidden_size)
         if config.tie_word_embeddings:
+            self.head = Linear(ops, self.embedding)
             source.skip("lm_head.weight")  # some writers store it twice
+        else:
+            self.head = load_linear(ops, source, ["lm_head.weight"], vocab[:1], vocab[1])
         for index in range(config.num_layers):  # a constant that old writers stored
             source.skip(f"model.layers.{index}.self_attn.rotary_emb.inv_freq")
         source.finish()

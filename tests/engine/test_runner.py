@@ -10,7 +10,7 @@ import torch
 
 from engine.config import Device, Dtype, EngineConfig
 from engine.errors import CheckpointError, ConfigError
-from engine.memory import cgroup_available_bytes, num_kv_blocks, zeroed_memory
+from engine.memory import num_kv_blocks, zeroed_memory
 from engine.runner import Runner
 from engine.steps import Plan
 from tests.engine.checkpoints import Shape, make
@@ -185,35 +185,3 @@ def test_zeroed_memory_is_zero_and_lazy() -> None:
     assert memory.shape == (1 << 32,)
     assert memory.dtype is torch.uint8
     assert not memory[-1000:].any()
-
-
-def write(directory: Path, files: dict[str, str]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (directory / name).write_text(text)
-
-
-def test_memory_limits_of_control_groups_version_2(tmp_path: Path) -> None:
-    membership, root = tmp_path / "cgroup", tmp_path / "fs"
-    membership.write_text("0::/outer/inner\n")
-    stat = "anon 5\ninactive_file 100\n"
-    inner = {"memory.max": "max", "memory.current": "700", "memory.stat": stat}
-    write(root / "outer" / "inner", inner)
-    assert cgroup_available_bytes(membership, root) is None
-    write(root / "outer", {**inner, "memory.max": "1000"})
-    assert cgroup_available_bytes(membership, root) == 400
-    write(root / "outer" / "inner", {**inner, "memory.max": "750"})
-    assert cgroup_available_bytes(membership, root) == 150
-    write(root / "outer" / "inner", {**inner, "memory.max": "7"})
-    assert cgroup_available_bytes(membership, root) == 0
-
-
-def test_memory_limits_of_control_groups_version_1(tmp_path: Path) -> None:
-    membership, root = tmp_path / "cgroup", tmp_path / "fs"
-    membership.write_text("3:cpu,cpuacct:/x\n2:memory:/job\n")
-    limits = {"memory.limit_in_bytes": "1000", "memory.usage_in_bytes": "900"}
-    write(root / "memory" / "job", {**limits, "memory.stat": "total_inactive_file 50\n"})
-    assert cgroup_available_bytes(membership, root) == 150
-    write(root / "memory" / "job", {"memory.limit_in_bytes": str((1 << 63) - 4096)})
-    assert cgroup_available_bytes(membership, root) is None
-    assert cgroup_available_bytes(tmp_path / "nothing", root) is None
