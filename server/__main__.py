@@ -1,0 +1,177 @@
+"""The command ``millrace``: its options. What they do is in ``server.cli``."""
+
+from __future__ import annotations
+
+import logging
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="millrace",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class LogLevel(StrEnum):
+    """How much the server logs."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class DtypeName(StrEnum):
+    """Names of engine.Dtype, repeated so that ``--help`` does not load the engine."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class DeviceName(StrEnum):
+    """Names of engine.Device."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def _option(name: str, description: str, **more: Any) -> Any:
+    """Return an option that can also be set as ``MILLRACE_…`` in the environment."""
+    variable = "MILLRACE_" + name.removeprefix("--").replace("-", "_").upper()
+    return typer.Option(name, help=description, envvar=variable, **more)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from server.cli.version import version
+
+        typer.echo(f"millrace {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _millrace(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Millrace: an asynchronous streaming chat server with an engine of its own."""
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Checkpoint directory, or name on the Hugging Face hub.", envvar="MILLRACE_MODEL"
+        ),
+    ] = "pebble",
+    host: Annotated[str, _option("--host", "Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, _option("--port", "Port to listen on; 0 takes a free one.", min=0, max=65535)
+    ] = 8000,
+    dtype: Annotated[DtypeName, _option("--dtype", "Type of the weights.")] = DtypeName.AUTO,
+    device: Annotated[DeviceName, _option("--device", "Where it runs.")] = DeviceName.AUTO,
+    max_model_len: Annotated[
+        int | None, _option("--max-model-len", "Most tokens of prompt and answer together.")
+    ] = None,
+    kv_memory: Annotated[
+        str | None, _option("--kv-memory", "Size of the KV cache, such as 512MiB or 4GiB.")
+    ] = None,
+    max_num_tokens: Annotated[
+        int, _option("--max-num-tokens", "Most tokens computed in one step.")
+    ] = 2048,
+    max_num_seqs: Annotated[
+        int, _option("--max-num-seqs", "Most requests that run at once.")
+    ] = 256,
+    num_threads: Annotated[
+        int | None, _option("--num-threads", "Compute threads on a CPU.")
+    ] = None,
+    redis_url: Annotated[
+        str | None, _option("--redis-url", "Where to keep state, such as redis://host:6379.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, _option("--api-key-file", "File of API keys, one a line.")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, _option("--served-model-name", "The model's name in the API.")
+    ] = None,
+    log_level: Annotated[
+        LogLevel, _option("--log-level", "How much to log.", case_sensitive=False)
+    ] = LogLevel.INFO,
+) -> None:
+    """Serve a model: the API, and the chat page, on one port. Without MODEL the bundled one."""
+    logging.basicConfig(
+        level=log_level.value.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s"
+    )
+    from engine import Device, Dtype, EngineConfig, parse_bytes
+    from server.cli.serve import StartError
+    from server.cli.serve import serve as run
+    from server.settings import ServerSettings
+
+    try:
+        config = EngineConfig(
+            model=model,
+            served_name=served_model_name,
+            dtype=Dtype(dtype.value),
+            device=Device(device.value),
+            max_model_len=max_model_len,
+            kv_memory_bytes=None if kv_memory is None else parse_bytes(kv_memory),
+            max_num_tokens=max_num_tokens,
+            max_num_seqs=max_num_seqs,
+            num_threads=num_threads,
+        )
+        settings = ServerSettings(
+            host=host, port=port, redis_url=redis_url, api_key_file=api_key_file
+        )
+        status = run(settings, config)
+    except (StartError, ValueError) as error:
+        _fail(str(error))
+    raise typer.Exit(status)
+
+
+@app.command()
+def chat(
+    url: Annotated[str, _option("--url", "The server.")] = "http://127.0.0.1:8000",
+    model: Annotated[
+        str | None, typer.Option(help="Model to talk to.", show_default="the server's")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 always takes the likeliest token.", min=0, max=2)
+    ] = None,
+    api_key: Annotated[str | None, _option("--api-key", "API key of the server.")] = None,
+) -> None:
+    """Talk to a server in the terminal; piped input gets one plain answer."""
+    from server.cli.chat import chat as run
+
+    status = run(url, model=model, system=system, temperature=temperature, api_key=api_key)
+    raise typer.Exit(status)
+
+
+def _fail(message: str) -> None:
+    """End with one line on what is wrong."""
+    typer.echo(f"millrace: error: {' '.join(message.split())}", err=True)
+    raise typer.Exit(2)
+
+
+def main() -> None:
+    """Run the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
