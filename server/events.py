@@ -1,8 +1,8 @@
-"""The events of a turn: the Responses API's streaming events, which every other dialect projects.
+"""The events of a turn: the Responses API's streaming events, which other dialects project.
 
-An event is a frozen struct whose ``type`` is its tag on the wire. ``sequence_number`` is dense from 0
-within a turn and is set by the journal when the event is appended. Fields that OpenAI does not have
-(``token_ids``, ``ResponsePrompt``) are extensions; clients of the Responses API ignore them.
+An event is a frozen struct whose ``type`` is its tag on the wire. ``sequence_number`` is dense from
+0 within a turn and is set by the journal when the event is appended. Fields that OpenAI does not
+have (``token_ids``, ``ResponsePrompt``) are extensions; clients of the Responses API ignore them.
 
 Order within one turn::
 
@@ -23,6 +23,7 @@ __all__ = [
     "TERMINAL_EVENTS",
     "ContentPartAdded",
     "ContentPartDone",
+    "Discontinuity",
     "Event",
     "OutputItemAdded",
     "OutputItemDone",
@@ -37,6 +38,8 @@ __all__ = [
     "ResponsePrompt",
     "TokenLogprob",
     "TopLogprob",
+    "decode_event",
+    "encode_event",
 ]
 
 
@@ -57,9 +60,7 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     top_logprobs: list[TopLogprob]
 
 
-class Event(
-    msgspec.Struct, frozen=True, kw_only=True, tag_field="type", omit_defaults=True
-):
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", omit_defaults=True):
     """Base of all events."""
 
     sequence_number: int = msgspec.UNSET  # type: ignore[assignment]
@@ -80,7 +81,7 @@ class ResponseInProgress(_ResponseEvent, frozen=True, kw_only=True, tag="respons
 
 
 class ResponsePrompt(Event, frozen=True, kw_only=True, tag="response.millrace.prompt"):
-    """The prompt as the model saw it; only when the request asked for token ids, echo or prompt logprobs."""
+    """The prompt as the model saw it, for requests that want token ids, echo or its logprobs."""
 
     output_index: int
     token_ids: list[int]
@@ -104,25 +105,34 @@ class ContentPartAdded(Event, frozen=True, kw_only=True, tag="response.content_p
     part: dict[str, Any]
 
 
-class OutputTextDelta(Event, frozen=True, kw_only=True, tag="response.output_text.delta"):
-    """Text that one or more engine steps added. ``delta`` may be empty when ``token_ids`` hold part of a character."""
+class OutputTextDelta(
+    Event, frozen=True, kw_only=True, omit_defaults=False, tag="response.output_text.delta"
+):
+    """Text that one or more engine steps added.
+
+    ``delta`` may be empty when ``token_ids`` hold part of a character.
+    """
 
     item_id: str
     output_index: int
     content_index: int
     delta: str
-    logprobs: list[TokenLogprob] | None = None
+    logprobs: list[TokenLogprob] = []
+    """One entry a token; empty when not asked for."""
     token_ids: list[int] | None = None
     """Only when the request asked for them."""
 
 
-class OutputTextDone(Event, frozen=True, kw_only=True, tag="response.output_text.done"):
+class OutputTextDone(
+    Event, frozen=True, kw_only=True, omit_defaults=False, tag="response.output_text.done"
+):
     """The text of a part is final."""
 
     item_id: str
     output_index: int
     content_index: int
     text: str
+    logprobs: list[TokenLogprob] = []
 
 
 class ContentPartDone(Event, frozen=True, kw_only=True, tag="response.content_part.done"):
@@ -135,7 +145,10 @@ class ContentPartDone(Event, frozen=True, kw_only=True, tag="response.content_pa
 
 
 class OutputItemDone(Event, frozen=True, kw_only=True, tag="response.output_item.done"):
-    """An item is final. ``finish_reason`` ("stop", "length") and ``stop_reason`` are extensions that other dialects need."""
+    """An item is final.
+
+    ``finish_reason`` ("stop", "length") and ``stop_reason`` are extensions for other dialects.
+    """
 
     output_index: int
     item: dict[str, Any]
@@ -160,4 +173,36 @@ class ResponseCancelled(_ResponseEvent, frozen=True, kw_only=True, tag="response
     """Terminal: a client, or the server's drain, ended the turn."""
 
 
+class Discontinuity(Event, frozen=True, kw_only=True, tag="response.millrace.discontinuity"):
+    """The store lost part of the log: events from ``first_lost`` to ``last_lost`` are gone.
+
+    It stands for them, so its ``sequence_number`` is ``last_lost``; it is never stored.
+    """
+
+    first_lost: int
+    last_lost: int
+
+
 TERMINAL_EVENTS = (ResponseCompleted, ResponseIncomplete, ResponseFailed, ResponseCancelled)
+
+_AnyEvent = (
+    ResponseCreated
+    | ResponseInProgress
+    | ResponsePrompt
+    | OutputItemAdded
+    | ContentPartAdded
+    | OutputTextDelta
+    | OutputTextDone
+    | ContentPartDone
+    | OutputItemDone
+    | Discontinuity
+    | ResponseCompleted
+    | ResponseIncomplete
+    | ResponseFailed
+    | ResponseCancelled
+)
+
+encode_event = msgspec.json.Encoder().encode
+"""Event to its JSON bytes; safe to share, an encoder keeps no state between calls."""
+decode_event = msgspec.json.Decoder(_AnyEvent).decode
+"""JSON bytes to the event they are of; raises msgspec.ValidationError on anything else."""

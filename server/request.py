@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-__all__ = ["SamplingOptions", "TurnRequest"]
+__all__ = ["OnDisconnect", "SamplingOptions", "TurnRequest"]
+
+OnDisconnect = Literal["cancel", "finish"]
 
 
 class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Sampling as the client asked for it; ranges already checked, None means "the model's default"."""
+    """Sampling as the client asked for it, in range; None means the model's default."""
 
     max_tokens: int | None = None
     min_tokens: int = 0
@@ -35,15 +37,16 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True):
 class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One turn: one or more prompts, each answered ``n`` times.
 
-    Exactly one of ``messages`` (rendered through the chat template) and ``prompts`` is given. Choice
-    ``i`` of prompt ``p`` has ``output_index`` p * n + i and, where a seed is given, seed + i.
+    Exactly one of ``messages`` (rendered through the chat template) and ``prompts`` is given.
+    Choice ``i`` of prompt ``p`` has ``output_index`` p * n + i and, where a seed is given, the
+    seed seed + i.
     """
 
     dialect: str
     """"responses", "chat" or "completions"."""
     model: str
     messages: list[dict[str, Any]] | None = None
-    """Chat messages in Chat Completions' shape, text only; instructions and history already in place."""
+    """Chat messages in Chat Completions' shape, text only; instructions and history in place."""
     prompts: list[str | list[int]] | None = None
     template_kwargs: dict[str, Any] = {}
     add_generation_prompt: bool = True
@@ -56,12 +59,17 @@ class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):
     echo: bool = False
     skip_special_tokens: bool = True
     store: bool = False
-    on_disconnect: str = "cancel"
-    """"cancel" or "finish"."""
+    on_disconnect: OnDisconnect = "cancel"
+    """What happens when the client that started the turn leaves."""
     owner: str = ""
     """Digest of the caller's API key, or "" where none is needed; what is stored belongs to it."""
     response_fields: dict[str, Any] = {}
-    """Fields of the Responses object that only echo the request (instructions, metadata, previous_response_id, …)."""
+    """Fields of the Responses object that only echo the request, such as metadata."""
+    turn_id: str | None = None
+    """Set where something was claimed in the turn's name before it starts; None: a fresh one."""
     conversation_id: str | None = None
+    """The conversation that gets this turn's items; claimed for ``turn_id``."""
+    previous_ids: list[str] = []
+    """The responses this one follows on, first to last."""
     input_items: list[dict[str, Any]] = []
     """The turn's new input as Responses items, for storage."""

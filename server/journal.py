@@ -1,0 +1,225 @@
+"""The event log of a turn: append-only, in Redis before any client sees it.
+
+An event's sequence number is its place in the log, dense from 0. In Redis the log is a stream whose
+entry ids are ``<sequence number + 1>-0``: appending the same event again is refused by Redis, so a
+write whose answer got lost can simply be repeated. All turns of the process share one writer, which
+takes everything that is pending into one pipelined round trip; with continuous batching that is one
+a step of the engine.
+
+While a turn runs here, its log is also in memory and followers read that, each at its own pace.
+What they may see ends where Redis has confirmed. Other turns are read from Redis.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from enum import Enum
+from typing import NamedTuple
+
+import msgspec
+
+from server.events import (
+    TERMINAL_EVENTS,
+    Event,
+    OutputTextDelta,
+    ResponseFailed,
+    encode_event,
+)
+
+__all__ = ["Entry", "Journal", "JournalBroken", "JournalError", "JournalState", "merge_deltas"]
+
+LAG_EVENTS = 64
+"""A follower that is this far behind gets adjacent text deltas merged."""
+BATCH_EVENTS = 512
+"""Most events a follower takes at once."""
+
+
+class JournalState(Enum):
+    """Life of a journal."""
+
+    OPEN = "open"
+    SEALED = "sealed"
+    """The terminal event is in it."""
+
+
+class JournalError(Exception):
+    """An event was appended where none may follow."""
+
+
+class JournalBroken(JournalError):
+    """The log was ended from outside: the store is gone, or another replica ended the turn."""
+
+
+class Entry(NamedTuple):
+    """An event with its JSON, encoded once for the store and every follower."""
+
+    event: Event
+    data: bytes
+
+
+Failure = Callable[[str, str], ResponseFailed]
+"""(code, message) to the terminal event that ends this turn with that error."""
+
+
+class Journal:
+    """The log of one turn of this process."""
+
+    def __init__(
+        self, turn_id: str, keep_s: int, failure: Failure, on_append: Callable[[Journal], None]
+    ) -> None:
+        self.turn_id = turn_id
+        self.keep_s = keep_s
+        """How long the store keeps the log after its end."""
+        self.state = JournalState.OPEN
+        self.broken = False
+        """Ended from outside; the turn has nothing more to say."""
+        self._failure = failure
+        self._on_append = on_append
+        self._log: list[Entry] = []
+        self._num_visible = 0
+        self._waiters: set[asyncio.Future[None]] = set()
+
+    def append(self, event: Event) -> Entry:
+        """Give ``event`` the next sequence number and queue it for the store.
+
+        Raises JournalError after the terminal event, JournalBroken if the log was ended from
+        outside.
+        """
+        if self.state is JournalState.SEALED:
+            last = type(self._log[-1].event).__name__
+            error = JournalBroken if self.broken else JournalError
+            raise error(
+                f"{self.turn_id} has ended with {last}; {type(event).__name__} cannot follow"
+            )
+        entry = _entry(event, len(self._log))
+        self._log.append(entry)
+        if isinstance(event, TERMINAL_EVENTS):
+            self.state = JournalState.SEALED
+        self._on_append(self)
+        return entry
+
+    def __len__(self) -> int:
+        return len(self._log)
+
+    @property
+    def num_visible(self) -> int:
+        """How many events the store has confirmed."""
+        return self._num_visible
+
+    def entries(self) -> list[Entry]:
+        """Return the whole log, confirmed or not."""
+        return self._log.copy()
+
+    def unwritten(self) -> list[Entry]:
+        """Return what the store has not confirmed."""
+        return self._log[self._num_visible :]
+
+    def confirm(self, num_written: int) -> None:
+        """Let followers see the first ``num_written`` events."""
+        self._num_visible = num_written
+        waiters, self._waiters = self._waiters, set()
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def replace_tail(self, entries: list[Entry]) -> None:
+        """Take over how another replica ended this turn, instead of what is unwritten."""
+        self._log[self._num_visible :] = entries
+        self._break(len(self._log))
+
+    def break_off(self, code: str, message: str) -> None:
+        """End the log in memory only: the store does not take it.
+
+        What is unwritten was never shown and is dropped.
+        """
+        del self._log[self._num_visible :]
+        if not self._log or not isinstance(self._log[-1].event, TERMINAL_EVENTS):
+            self._log.append(_entry(self._failure(code, message), len(self._log)))
+        self._break(len(self._log))
+
+    def _break(self, num_visible: int) -> None:
+        self.state = JournalState.SEALED
+        self.broken = True
+        self.confirm(num_visible)
+
+    async def written(self) -> None:
+        """Wait until everything appended so far is confirmed."""
+        target = len(self._log)
+        while self._num_visible < min(target, len(self._log)):
+            await self._changed()
+
+    async def _changed(self) -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.discard(waiter)
+
+    async def follow(self, after: int | None = None) -> AsyncIterator[list[Entry]]:
+        """Yield what comes after sequence number ``after`` (None: all), to the terminal event.
+
+        Every entry comes once, in order, several at a time when several are ready. A reader that
+        had caught up and then fell behind gets adjacent text deltas merged.
+        """
+        position = 0 if after is None else after + 1
+        caught_up = False
+        while True:
+            ready = self._log[position : min(self._num_visible, position + BATCH_EVENTS)]
+            if ready:
+                position += len(ready)
+                late = caught_up and len(ready) >= LAG_EVENTS
+                yield merge_deltas(ready) if late else ready
+            elif self.state is JournalState.SEALED and self._num_visible == len(self._log):
+                return
+            else:
+                caught_up = True
+                await self._changed()
+
+
+def _entry(event: Event, sequence_number: int) -> Entry:
+    # The event is the journal's from here on; nobody else has a reason to hold it.
+    msgspec.structs.force_setattr(event, "sequence_number", sequence_number)
+    return Entry(event, encode_event(event))
+
+
+def merge_deltas(entries: list[Entry]) -> list[Entry]:
+    """Merge runs of text deltas of one part; the result has its run's last sequence number."""
+    merged: list[Entry] = []
+    run: list[OutputTextDelta] = []
+    for entry in entries:
+        event = entry.event
+        if isinstance(event, OutputTextDelta) and (not run or _same_part(run[0], event)):
+            run.append(event)
+            continue
+        _close_run(run, merged)
+        if isinstance(event, OutputTextDelta):
+            run = [event]
+        else:
+            run = []
+            merged.append(entry)
+    _close_run(run, merged)
+    return merged
+
+
+def _same_part(one: OutputTextDelta, other: OutputTextDelta) -> bool:
+    return one.item_id == other.item_id and one.content_index == other.content_index
+
+
+def _close_run(run: list[OutputTextDelta], merged: list[Entry]) -> None:
+    if not run:
+        return
+    token_ids = None
+    if run[0].token_ids is not None:
+        token_ids = [token for event in run for token in event.token_ids or ()]
+    event = OutputTextDelta(
+        sequence_number=run[-1].sequence_number,
+        item_id=run[0].item_id,
+        output_index=run[0].output_index,
+        content_index=run[0].content_index,
+        delta="".join(event.delta for event in run),
+        logprobs=[entry for event in run for entry in event.logprobs],
+        token_ids=token_ids,
+    )
+    merged.append(Entry(event, encode_event(event)))

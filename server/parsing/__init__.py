@@ -1,0 +1,1 @@
+"""Generated text to what clients see; sans-I/O state machines."""

@@ -1,0 +1,1 @@
+"""HTTP handlers: each module's ``routes()`` gives what it serves."""

@@ -1,0 +1,43 @@
+"""Where a request handler finds what the application consists of: typed application keys."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from engine import Tokenizer
+from server.guard.keys import KeyRing
+from server.journals import Journals
+from server.metering.metrics import Metrics
+from server.sessions import Sessions
+from server.settings import ServerSettings
+from server.store import Store
+from server.turn import Engine, Turns
+
+__all__ = [
+    "ENGINE",
+    "JOURNALS",
+    "KEYS",
+    "METRICS",
+    "OWNER",
+    "REQUEST_ID",
+    "SESSIONS",
+    "SETTINGS",
+    "STORE",
+    "TOKENIZER",
+    "TURNS",
+]
+
+ENGINE: web.AppKey[Engine] = web.AppKey("engine", Engine)
+TOKENIZER: web.AppKey[Tokenizer] = web.AppKey("tokenizer", Tokenizer)
+STORE: web.AppKey[Store] = web.AppKey("store", Store)
+JOURNALS: web.AppKey[Journals] = web.AppKey("journals", Journals)
+SESSIONS: web.AppKey[Sessions] = web.AppKey("sessions", Sessions)
+TURNS: web.AppKey[Turns] = web.AppKey("turns", Turns)
+METRICS: web.AppKey[Metrics] = web.AppKey("metrics", Metrics)
+SETTINGS: web.AppKey[ServerSettings] = web.AppKey("settings", ServerSettings)
+KEYS: web.AppKey[KeyRing] = web.AppKey("keys", KeyRing)
+
+OWNER: web.RequestKey[str] = web.RequestKey("owner", str)
+"""Who calls: the digest of the API key, or "" where none is needed. Set by the middleware."""
+REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
+"""Sent back as ``x-request-id``."""

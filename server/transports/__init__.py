@@ -1,0 +1,1 @@
+"""SSE, WebSocket and plain JSON answers: thin, with no meaning of their own."""
