@@ -285,9 +285,13 @@ class CacheManager:
     def _lookup(
         self, holding: Holding, token_ids: Sequence[int], group: int
     ) -> Callable[[int], bool]:
+        find, digests = self._pool.find, holding.digests
+
         def is_cached(token_block: int) -> bool:
-            digest = self._digest(holding, token_ids, token_block)
-            return self._pool.find((group, digest)) is not None
+            # A long prompt that waits for blocks is looked up before every step: keep this short.
+            if token_block >= len(digests):
+                self._digest(holding, token_ids, token_block)
+            return find((group, digests[token_block])) is not None
 
         return is_cached
 

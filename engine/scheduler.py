@@ -193,6 +193,7 @@ class Scheduler:
                     deltas.append(delta)
                     finished = finished or delta.finish_reason is not None
             drawn += samples
+        self._generation_tokens += len(deltas)
         if finished:
             self._running = [state for state in self._running if state.phase is running]
         return deltas
@@ -349,7 +350,6 @@ class Scheduler:
         token_ids.append(token_id)
         counts = state.output_counts
         counts[token_id] = counts.get(token_id, 0) + 1
-        self._generation_tokens += 1
         reason = None
         if token_id in state.stop_ids and state.num_output > state.request.sampling.min_tokens:
             reason = FinishReason.STOP

@@ -2,23 +2,16 @@
 
 The "model" draws a token from a fingerprint of everything before it. The "KV cache" is a dict from
 slot to the fingerprint that was written there, so a row that would read another request's state, or
-state that was never written, is found at once. Mutants of the sources are loaded beside the real
-modules to show that this machinery notices bugs.
+state that was never written, is found at once.
 """
 
 from __future__ import annotations
 
-import os
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
-
-from hypothesis import HealthCheck, settings
 
 from engine.errors import RequestError
 from engine.types import Delta, FinishReason, Request, SamplingParams, TokenLogprobs, Usage
@@ -26,14 +19,11 @@ from engine.types import Delta, FinishReason, Request, SamplingParams, TokenLogp
 __all__ = [
     "EOS",
     "VOCABULARY",
-    "Mutation",
     "World",
     "WorldSettings",
     "drive",
     "expected_answer",
     "fingerprint",
-    "hypothesis_settings",
-    "load_modules",
     "request_of",
 ]
 
@@ -41,42 +31,6 @@ EOS = 0
 VOCABULARY = 4
 """Tokens 0 to 3 are drawn, so few that prefixes are often shared; 4 stands in for masked ones."""
 _MODULUS = 2**61 - 1
-_SOURCES = ("engine.blocks", "engine.cache", "engine.steps", "engine.scheduler")
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """A planted bug: ``old``, which occurs exactly once in the module, becomes ``new``."""
-
-    name: str
-    module: str
-    old: str
-    new: str
-
-
-def load_modules(mutation: Mutation | None = None) -> Any:
-    """Fresh copies of the modules under test, one of them mutated; attributes blocks, cache, ..."""
-    saved = {name: sys.modules.get(name) for name in _SOURCES}
-    loaded = SimpleNamespace()
-    try:
-        for name in _SOURCES:
-            path = Path(__file__).parents[2] / (name.replace(".", "/") + ".py")
-            source = path.read_text(encoding="utf-8")
-            if mutation is not None and mutation.module == name:
-                assert source.count(mutation.old) == 1, f"{mutation.name}: no single place for it"
-                source = source.replace(mutation.old, mutation.new)
-            module = ModuleType(name)
-            module.__file__ = str(path)
-            sys.modules[name] = module
-            exec(compile(source, str(path), "exec"), module.__dict__)
-            setattr(loaded, name.rpartition(".")[2], module)
-    finally:
-        for name, module_before in saved.items():
-            if module_before is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module_before
-    return loaded
 
 
 def fingerprint(previous: int, token: int) -> int:
@@ -404,14 +358,3 @@ def drive(settings: WorldSettings, modules: Any, seed: int, num_actions: int = 6
             world.step()
     world.drain()
     return world
-
-
-def hypothesis_settings(max_examples: int, stateful_step_count: int) -> settings:
-    """The settings of a state machine; MILLRACE_HYPOTHESIS=long makes it run for minutes."""
-    longer = 50 if os.environ.get("MILLRACE_HYPOTHESIS") == "long" else 1
-    return settings(
-        max_examples=max_examples * longer,
-        stateful_step_count=stateful_step_count * (2 if longer > 1 else 1),
-        deadline=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-    )

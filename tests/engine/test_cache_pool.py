@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 )
 
 from engine.blocks import BlockPool, InvariantError
-from tests.engine.scheduler_world import Mutation, hypothesis_settings, load_modules
+from tests.engine.mutants import Mutation, hypothesis_settings, load_modules
 
 KEYS = st.tuples(st.integers(0, 1), st.sampled_from([b"a", b"b", b"c", b"d", b"e"]))
 

@@ -14,14 +14,12 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from tests.engine.mutants import Mutation, hypothesis_settings, load_modules
 from tests.engine.scheduler_world import (
     VOCABULARY,
-    Mutation,
     World,
     WorldSettings,
     drive,
-    hypothesis_settings,
-    load_modules,
     request_of,
 )
 
