@@ -1,6 +1,6 @@
 """Takes pictures of the page in front of a running server, to look at.
 
-    python tests/web/shots.py --url http://127.0.0.1:8000 --out DIR
+python tests/web/shots.py --url http://127.0.0.1:8000 --out DIR
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from playwright.sync_api import Page, Playwright, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.web.chromium import launch  # noqa: E402
+from tests.web.chromium import launch
 
 WIDE = {"width": 1280, "height": 800}
 NARROW = {"width": 360, "height": 740}
@@ -101,12 +101,14 @@ def main() -> None:
         for name in options.scene or SCENES:
             viewport, scheme, parts = SCENES[name]
             for part in parts:
-                with opened(playwright, options.url, viewport=viewport, color_scheme=scheme) as page:
+                with opened(
+                    playwright, options.url, viewport=viewport, color_scheme=scheme
+                ) as page:
 
                     def shot(what: str, name: str = name, page: Page = page) -> None:
                         path = options.out / f"{name}-{what}.png"
                         page.screenshot(path=path)
-                        print(path)  # noqa: T201
+                        print(path)
 
                     part(page, shot)
 

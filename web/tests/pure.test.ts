@@ -124,13 +124,14 @@ describe("explain", () => {
   it.each([
     [{ status: 401, code: null, message: "no key" }, "key"],
     [{ status: 429, code: null, message: "" }, "busy"],
+    [{ status: 409, code: "conversation_busy", message: "" }, "busy"],
     [{ status: 503, code: null, message: "" }, "restarting"],
     [{ status: 404, code: null, message: "" }, "gone"],
     [{ status: 400, code: "context_length_exceeded", message: "" }, "context"],
     [{ status: 400, code: null, message: "longer than the context" }, "context"],
     [{ status: 400, code: "invalid_value", message: "temperature" }, "request"],
     [{ status: 500, code: null, message: "" }, "server"],
-    [{ status: null, code: "engine_restarting", message: "" }, "restarting"],
+    [{ status: null, code: "engine_died", message: "" }, "restarting"],
   ])("%j is %s", (facts, kind) => expect(explain(facts).kind).toBe(kind));
 
   it("reads OpenAI's error body, and stands anything else", () => {

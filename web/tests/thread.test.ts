@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
 import { BrowserStore } from "../src/lib/storage";
-import { fromItems, titleFrom, withoutStored, withPending, withTurn, type Note } from "../src/lib/thread";
+import { fromItems, lastExchange, titleFrom, withoutStored, withPending, withTurn, type Note } from "../src/lib/thread";
 import { newTurn } from "../src/lib/turn";
 import type { Item } from "../src/lib/wire";
 
@@ -45,6 +45,21 @@ describe("a turn that outlived the page", () => {
   it("is updated in its place", () => {
     const messages = withTurn(withPending([], "Hi", "t", turn), "t", { ...turn, text: "Hel" });
     expect(messages[1]).toMatchObject({ turn: { text: "Hel" } });
+  });
+});
+
+describe("lastExchange", () => {
+  const earlier = [user("u0", "A"), answer("a0", "B")];
+  it("is the answer and its question", () => {
+    expect(lastExchange([...earlier, user("u1", "Hi"), answer("a1", "Hello")], "Hi", "a1")).toEqual(["a1", "u1"]);
+  });
+  it("is the question alone when it was stopped before the first word", () => {
+    expect(lastExchange([...earlier, user("u1", "Hi")], "Hi", null)).toEqual(["u1"]);
+  });
+  it("is nothing when the server stored nothing", () => {
+    expect(lastExchange(earlier, "Hi", null)).toEqual([]);
+    expect(lastExchange(earlier, "Hi", "a1")).toEqual([]);
+    expect(lastExchange([], "Hi", null)).toEqual([]);
   });
 });
 

@@ -27,8 +27,8 @@ export interface ErrorFacts {
   message: string;
 }
 
-const CONTEXT_CODES = new Set(["context_length_exceeded", "prompt_too_long", "context_window_exceeded"]);
-const ENGINE_CODES = new Set(["engine_restarting", "engine_starting", "engine_died", "engine_unavailable", "engine_error"]);
+const CONTEXT_CODES = new Set(["context_length_exceeded", "conversation_full"]);
+const ENGINE_CODES = new Set(["engine_died", "engine_closed", "engine_unavailable", "not_ready"]);
 
 export const UNREACHABLE: Problem = {
   kind: "unreachable",
@@ -65,6 +65,14 @@ export function explain(facts: ErrorFacts): Problem {
   }
   if (status === 401 || status === 403) {
     return { kind: "key", title: "The server needs an API key", detail: message, retryable: false };
+  }
+  if (code === "conversation_busy") {
+    return {
+      kind: "busy",
+      title: "Another answer is still being written in this conversation",
+      detail: "Try again when it is done.",
+      retryable: true,
+    };
   }
   if (status === 429) {
     return { kind: "busy", title: "The server is busy", detail: message || "Try again in a moment.", retryable: true };

@@ -86,6 +86,20 @@ export function withoutStored(messages: readonly Message[], itemId: string): Mes
   return [...messages.slice(0, from), ...messages.slice(at + 1)];
 }
 
+/**
+ * Returns the ids of the stored items, newest first, that the last exchange consists of: none if the
+ * server refused the question or failed, for then it stored nothing.
+ */
+export function lastExchange(items: readonly Item[], question: string, answerId: string | null): string[] {
+  const last = items.at(-1);
+  const answered = answerId !== null && last?.id === answerId;
+  const asked = answered ? items.at(-2) : last;
+  // Stopped before the first word, only the question was stored.
+  const stored = asked?.role === "user" && (answered || (answerId === null && itemText(asked) === question));
+  const ids = [answered ? answerId : undefined, stored ? asked.id : undefined];
+  return ids.filter((id) => id !== undefined);
+}
+
 /** A title for a conversation from its first question. */
 export function titleFrom(question: string): string {
   const line = question.trim().replace(/\s+/g, " ");

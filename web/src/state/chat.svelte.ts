@@ -103,7 +103,8 @@ export class Chat {
     touched: (thread) => {
       this.#edit(thread.id, { updatedAt: Date.now() });
     },
-    failed: (problem) => {
+    failed: (problem, what) => {
+      if (what !== undefined) this.notice = named(problem, what);
       if (problem.kind === "key") this.needsKey = true;
       if (problem.kind === "unreachable" || problem.kind === "restarting" || problem.kind === "lost") void this.check();
     },
@@ -165,9 +166,7 @@ export class Chat {
     try {
       await this.#client.deleteConversation(id);
     } catch (error) {
-      const problem = problemOf(error);
-      this.#events.failed(problem);
-      this.notice = { ...problem, title: "The conversation could not be deleted", detail: `${problem.title}. ${problem.detail}` };
+      this.#events.failed(problemOf(error), "The conversation could not be deleted");
       return;
     }
     this.#threads.get(id)?.leave();
@@ -204,6 +203,10 @@ export class Chat {
     this.#store.saveConversations(list);
     this.conversations = list;
   }
+}
+
+function named(problem: Problem, what: string): Problem {
+  return { ...problem, title: what, detail: `${problem.title}. ${problem.detail}` };
 }
 
 export function createChat(): Chat {

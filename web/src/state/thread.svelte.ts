@@ -4,7 +4,7 @@
 import { explain, type Problem } from "../lib/problem";
 import { Refused, TurnRun } from "../lib/run";
 import { requestFields, type Settings } from "../lib/settings";
-import { answerOf, fromItems, noteOf, withoutStored, withPending, withTurn, type Message } from "../lib/thread";
+import { answerOf, fromItems, lastExchange, noteOf, withoutStored, withPending, withTurn, type Message } from "../lib/thread";
 import { isEnded, fail, newTurn, type TurnState } from "../lib/turn";
 import type { BrowserStore } from "../lib/storage";
 import type { Client } from "../lib/client";
@@ -22,8 +22,8 @@ export interface ThreadEvents {
   created(thread: Thread, question: string): void;
   /** Something was said in it. */
   touched(thread: Thread): void;
-  /** A call failed for a reason that concerns the whole page. */
-  failed(problem: Problem): void;
+  /** A call failed; `what` says which, where the thread itself does not show it. */
+  failed(problem: Problem, what?: string): void;
 }
 
 export class Thread {
@@ -151,7 +151,8 @@ export class Thread {
     this.stopping = false;
     this.#run = null;
     if (this.id !== null) {
-      this.#store.savePending(this.id, null);
+      // What broke off may still be running, and can be found again after a reload.
+      if (state.phase !== "broken") this.#store.savePending(this.id, null);
       if (state.itemId !== null) this.#store.saveNote(this.id, state.itemId, noteOf(state));
       this.#events.touched(this);
     }
@@ -162,32 +163,29 @@ export class Thread {
     this.#run?.stop();
   }
 
-  /** Takes the last question and its answer off the page and, where it was stored, off the server. */
+  /** Takes the last question and its answer off the page and, where they were stored, off the server. */
   async takeBack(): Promise<string | null> {
     const at = this.messages.findLastIndex(({ role }) => role === "user");
     const question = textAt(this.messages, at);
     if (this.busy || question === null) return null;
+    const answer = this.messages[at + 1];
+    const itemId = answer?.role === "assistant" ? answer.turn.itemId : null;
+    this.busy = true;
     try {
-      if (this.id !== null) await this.#deleteTail(this.id, question);
+      if (this.id !== null) await this.#deleteExchange(this.id, question, itemId);
     } catch (error) {
-      this.#events.failed(problemOf(error));
+      this.#events.failed(problemOf(error), "The last answer could not be taken back");
       return null;
+    } finally {
+      this.busy = false;
     }
     this.messages = this.messages.slice(0, at);
     return question;
   }
 
-  /** Deletes the last stored exchange if it is the one about `question`. */
-  async #deleteTail(conversationId: string, question: string): Promise<void> {
+  async #deleteExchange(conversationId: string, question: string, itemId: string | null): Promise<void> {
     const items = await this.#client.items(conversationId);
-    const shown = this.messages.filter(({ role }) => role === "user").length;
-    const stored = items.filter(({ role }) => role === "user").length;
-    const at = items.findLastIndex(({ role }) => role === "user");
-    // A refused question was never stored; then the last stored one is an earlier one.
-    if (at < 0 || stored < shown || !JSON.stringify(items[at]).includes(JSON.stringify(question).slice(1, -1))) return;
-    for (const item of items.slice(at).reverse()) {
-      if (item.id !== undefined) await this.#client.deleteItem(conversationId, item.id);
-    }
+    for (const id of lastExchange(items, question, itemId)) await this.#client.deleteItem(conversationId, id);
   }
 
   /** Leaves the running turn to itself; the server finishes it. */
