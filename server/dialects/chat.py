@@ -18,6 +18,7 @@ from server.dialects.projection import (
     Head,
     Shape,
     failure,
+    finish_of,
     frame,
     read_shape,
     usage_of,
@@ -220,8 +221,10 @@ class ChatStream:
                 yield self._chunk(event.output_index, delta)
             case OutputItemDone() if event.finish_reason is not None:
                 finish = event.finish_reason
-                extra = {} if event.stop_reason is None else {"stop_reason": event.stop_reason}
-                yield self._chunk(event.output_index, {}, finish_reason=finish, **extra)
+                extra: dict[str, Any] = (
+                    {} if event.stop_reason is None else {"stop_reason": event.stop_reason}
+                )
+                yield self._chunk(event.output_index, {}, **finish_of(event))
             case ResponseCompleted() | ResponseIncomplete():
                 if self._shape.include_usage:
                     usage = usage_of(event.response)
@@ -243,7 +246,7 @@ class ChatStream:
         self._tokens += len(ids)
         if not (event.delta or event.logprobs or (ids and self._shape.token_ids)):
             return
-        extra = {"token_ids": ids} if self._shape.token_ids else {}
+        extra: dict[str, Any] = {"token_ids": ids} if self._shape.token_ids else {}
         logprobs = event.logprobs if self._wants_logprobs else None
         yield self._chunk(event.output_index, {"content": event.delta}, logprobs=logprobs, **extra)
 
@@ -338,10 +341,8 @@ class ChatCollector:
                 "annotations": [],
             },
             "logprobs": _logprobs_body(logprobs),
-            "finish_reason": event.finish_reason,
+            **finish_of(event),
         }
-        if event.stop_reason is not None:
-            choice["stop_reason"] = event.stop_reason
         if self._shape.token_ids:
             choice["token_ids"] = self._token_ids[index]
         return choice

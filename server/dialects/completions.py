@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -20,10 +20,12 @@ from server.dialects.projection import (
     Head,
     Shape,
     failure,
+    finish_of,
     frame,
     read_shape,
     usage_of,
 )
+from server.dialects.prompts import Decode, Prompts
 from server.dialects.sampling import (
     MAX_CHOICES,
     MAX_TOP_LOGPROBS,
@@ -47,14 +49,11 @@ from server.events import (
 from server.request import TurnRequest
 from server.transports.sse import Frame
 
-__all__ = ["CompletionCollector", "CompletionRequest", "CompletionStream", "Decode", "parse"]
+__all__ = ["CompletionCollector", "CompletionRequest", "CompletionStream", "parse"]
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for this endpoint."""
 MAX_PROMPTS = 128
-
-Decode = Callable[[Sequence[int]], str]
-"""Token ids to text; echo of a prompt that came as ids needs it."""
 
 _READ = frozenset(
     {
@@ -206,53 +205,6 @@ def _choices(fields: Fields, num_prompts: int) -> int:
     return n
 
 
-class _Prompts:
-    """What is known of the prompts of a turn, and what an answer shows of its own."""
-
-    def __init__(self, request: CompletionRequest, decode: Decode) -> None:
-        self._turn = request.turn
-        self._decode = decode
-        self._shows_ids = request.shape.token_ids
-        self._events: dict[int, ResponsePrompt] = {}
-
-    def add(self, event: ResponsePrompt) -> None:
-        self._events[event.output_index // self._turn.n] = event
-
-    def num_tokens(self, index: int) -> int:
-        event = self._events.get(index // self._turn.n)
-        return 0 if event is None else len(event.token_ids)
-
-    def total_tokens(self) -> int:
-        return sum(len(event.token_ids) for event in self._events.values())
-
-    def echo(self, index: int) -> str:
-        """The prompt as text, "" where none is to be shown."""
-        if not self._turn.echo:
-            return ""
-        assert self._turn.prompts is not None
-        prompt = self._turn.prompts[index // self._turn.n]
-        return prompt if isinstance(prompt, str) else self._decode(prompt)
-
-    def legacy(self, index: int, logprobs: LegacyLogprobs) -> dict[str, list[Any]]:
-        """The arrays of the prompt that echo shows, empty where it shows none."""
-        event = self._events.get(index // self._turn.n)
-        if not self._turn.echo or event is None or event.logprobs is None:
-            return logprobs.add([])
-        return logprobs.add(event.logprobs, self._decode(event.token_ids[:1]))
-
-    def extra(self, index: int) -> dict[str, Any]:
-        """The fields of a choice that say how its prompt was read."""
-        event = self._events.get(index // self._turn.n)
-        if event is None:
-            return {}
-        extra: dict[str, Any] = {}
-        if self._shows_ids:
-            extra["prompt_token_ids"] = event.token_ids
-        if event.logprobs is not None and not self._turn.echo:
-            extra["prompt_logprobs"] = event.logprobs
-        return extra
-
-
 class CompletionStream:
     """Projects the events of one turn onto ``text_completion`` frames."""
 
@@ -262,7 +214,7 @@ class CompletionStream:
         self._head = Head(
             prefix="cmpl", kind="text_completion", system_fingerprint=system_fingerprint
         )
-        self._prompts = _Prompts(request, decode)
+        self._prompts = Prompts(request.turn, request.shape, decode)
         self._logprobs: dict[int, LegacyLogprobs] = defaultdict(LegacyLogprobs)
         self._tokens = 0
 
@@ -279,8 +231,10 @@ class CompletionStream:
                 yield from self._begin(event.output_index)
             case OutputItemDone() if event.finish_reason is not None:
                 finish = event.finish_reason
-                extra = {} if event.stop_reason is None else {"stop_reason": event.stop_reason}
-                yield self._chunk(event.output_index, "", finish_reason=finish, **extra)
+                extra: dict[str, Any] = (
+                    {} if event.stop_reason is None else {"stop_reason": event.stop_reason}
+                )
+                yield self._chunk(event.output_index, "", **finish_of(event))
             case ResponseCompleted() | ResponseIncomplete():
                 if self._shape.include_usage:
                     usage = usage_of(event.response)
@@ -292,7 +246,7 @@ class CompletionStream:
 
     def _begin(self, index: int) -> Iterator[Frame]:
         text = self._prompts.echo(index)
-        extra = self._prompts.extra(index)
+        extra = self._prompts.shown(index)
         if not text and not extra:
             return
         if self._shape.token_ids:
@@ -307,7 +261,7 @@ class CompletionStream:
         self._tokens += len(ids)
         if not (event.delta or event.logprobs or (ids and self._shape.token_ids)):
             return
-        extra = {"token_ids": ids} if self._shape.token_ids else {}
+        extra: dict[str, Any] = {"token_ids": ids} if self._shape.token_ids else {}
         logprobs = None
         if self._wants_logprobs:
             logprobs = self._logprobs[event.output_index].add(event.logprobs)
@@ -335,7 +289,7 @@ class CompletionStream:
         return frame(body)
 
     def _usage_so_far(self) -> dict[str, int]:
-        prompt_tokens = self._prompts.total_tokens()
+        prompt_tokens = self._prompts.num_tokens()
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": self._tokens,
@@ -352,7 +306,7 @@ class CompletionCollector:
         self._head = Head(
             prefix="cmpl", kind="text_completion", system_fingerprint=system_fingerprint
         )
-        self._prompts = _Prompts(request, decode)
+        self._prompts = Prompts(request.turn, request.shape, decode)
         self._choices: dict[int, dict[str, Any]] = {}
         self._texts: dict[int, str] = {}
         self._logprobs: dict[int, list[TokenLogprob]] = defaultdict(list)
@@ -393,13 +347,11 @@ class CompletionCollector:
             "index": index,
             "text": echo + self._texts.get(index, ""),
             "logprobs": self._legacy(index),
-            "finish_reason": event.finish_reason,
+            **finish_of(event),
         }
-        if event.stop_reason is not None:
-            choice["stop_reason"] = event.stop_reason
         if self._shape.token_ids:
             choice["token_ids"] = self._token_ids[index]
-        return choice | self._prompts.extra(index)
+        return choice | self._prompts.shown(index)
 
     def _legacy(self, index: int) -> dict[str, Any] | None:
         if not self._wants_logprobs:

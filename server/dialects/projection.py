@@ -11,7 +11,7 @@ import msgspec
 from engine import ModelInfo
 from server.dialects.fields import Fields
 from server.errors import ApiError, invalid
-from server.events import Event, ResponseCancelled, ResponseFailed
+from server.events import Event, OutputItemDone, ResponseCancelled, ResponseFailed
 from server.transports.sse import Frame
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Shape",
     "failure",
     "fingerprint",
+    "finish_of",
     "frame",
     "read_shape",
     "usage_of",
@@ -94,6 +95,14 @@ class Head:
 def frame(body: Mapping[str, Any]) -> Frame:
     """Return a chunk as a frame."""
     return Frame(_ENCODER.encode(body))
+
+
+def finish_of(event: OutputItemDone) -> dict[str, Any]:
+    """Return the fields of a choice that say why it ended."""
+    finish: dict[str, Any] = {"finish_reason": event.finish_reason}
+    if event.stop_reason is not None:
+        finish["stop_reason"] = event.stop_reason
+    return finish
 
 
 def usage_of(response: Mapping[str, Any]) -> dict[str, Any] | None:

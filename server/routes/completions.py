@@ -8,9 +8,10 @@ from aiohttp import web
 
 from server.dialects import completions
 from server.dialects.projection import fingerprint
+from server.routes.bodies import json_response, read_json
+from server.routes.collect import collect
 from server.state import ENGINE, OWNER, TOKENIZER, TURNS
 from server.transports import sse
-from server.transports.plain import collect, json_response, read_json
 
 __all__ = ["routes"]
 

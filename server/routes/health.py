@@ -8,8 +8,8 @@ from aiohttp import web
 
 from engine import EngineState
 from server.errors import ApiError
+from server.routes.bodies import json_response
 from server.state import ENGINE, METRICS, TURNS
-from server.transports.plain import json_response
 
 __all__ = ["STALL_S", "routes"]
 

@@ -9,8 +9,8 @@ from aiohttp import web
 
 from engine import ModelInfo
 from server.dialects.fields import unknown_model
+from server.routes.bodies import json_response
 from server.state import ENGINE
-from server.transports.plain import json_response
 
 __all__ = ["routes"]
 

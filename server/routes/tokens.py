@@ -11,8 +11,8 @@ from engine import ModelInfo, TemplateError, Tokenizer
 from server.dialects.fields import Fields, check_token_ids, read_model
 from server.dialects.messages import read_messages
 from server.errors import invalid
+from server.routes.bodies import json_response, read_json
 from server.state import ENGINE, TOKENIZER
-from server.transports.plain import json_response, read_json
 
 __all__ = ["routes"]
 
