@@ -220,10 +220,6 @@ class ChatStream:
                 delta = {"role": "assistant", "content": "", "refusal": None}
                 yield self._chunk(event.output_index, delta)
             case OutputItemDone() if event.finish_reason is not None:
-                finish = event.finish_reason
-                extra: dict[str, Any] = (
-                    {} if event.stop_reason is None else {"stop_reason": event.stop_reason}
-                )
                 yield self._chunk(event.output_index, {}, **finish_of(event))
             case ResponseCompleted() | ResponseIncomplete():
                 if self._shape.include_usage:

@@ -230,10 +230,6 @@ class CompletionStream:
             case OutputItemAdded():
                 yield from self._begin(event.output_index)
             case OutputItemDone() if event.finish_reason is not None:
-                finish = event.finish_reason
-                extra: dict[str, Any] = (
-                    {} if event.stop_reason is None else {"stop_reason": event.stop_reason}
-                )
                 yield self._chunk(event.output_index, "", **finish_of(event))
             case ResponseCompleted() | ResponseIncomplete():
                 if self._shape.include_usage:

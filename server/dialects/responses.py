@@ -1,0 +1,255 @@
+"""The Responses API (POST /v1/responses and ``response.create`` on a WebSocket), sans-I/O.
+
+Its events are the log's own, so there is no projection: ``parse`` checks a body, ``to_turn`` makes
+a TurnRequest of it once the history it names has been loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from engine import ModelInfo
+from server.dialects.fields import Fields, read_model, show
+from server.dialects.items import items_to_messages, read_items, read_metadata
+from server.dialects.sampling import MAX_TOP_LOGPROBS, SAMPLING_FIELDS, read_sampling
+from server.errors import invalid
+from server.request import SamplingOptions, TurnRequest
+
+__all__ = ["ParsedResponse", "parse", "to_turn"]
+
+LOGPROBS = "message.output_text.logprobs"
+# What else may be included belongs to tools and inputs that there are none of.
+_INCLUDABLE = (
+    LOGPROBS,
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+)
+_READ = frozenset(
+    {
+        "model",
+        "input",
+        "instructions",
+        "previous_response_id",
+        "conversation",
+        "store",
+        "stream",
+        "background",
+        "max_output_tokens",
+        "top_logprobs",
+        "include",
+        "metadata",
+        "truncation",
+        "text",
+        "tools",
+        "tool_choice",
+        "priority",
+        "return_token_ids",
+        "on_disconnect",
+    }
+)
+_IGNORED = frozenset(
+    {
+        "context_management",
+        "max_tool_calls",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "reasoning",
+        "safety_identifier",
+        "service_tier",
+        "stream_options",
+        "user",
+    }
+)
+_UNSUPPORTED: tuple[tuple[str, str, tuple[object, ...]], ...] = (
+    ("prompt", "there are no stored prompt templates", ()),
+    ("moderation", "there is no moderation", ()),
+    ("n", "one answer is made; Chat Completions can make several", (1,)),
+    ("prompt_logprobs", "the Responses API has no place for them; Completions has", ()),
+)
+_KNOWN = _READ | SAMPLING_FIELDS | _IGNORED | {name for name, _, _ in _UNSUPPORTED}
+
+
+class ParsedResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """A checked body; what it refers to is not loaded yet."""
+
+    model: str
+    input_items: list[dict[str, Any]]
+    instructions: str | None
+    previous_response_id: str | None
+    conversation_id: str | None
+    store: bool
+    stream: bool
+    background: bool
+    finish_without_client: bool
+    sampling: SamplingOptions
+    priority: int
+    return_token_ids: bool
+    echoed: dict[str, Any]
+    """Fields of the response object that repeat the request."""
+
+
+def parse(body: object, model: ModelInfo) -> ParsedResponse:
+    """Check a request body.
+
+    Raises ApiError: 400 naming the field at fault, or 404 for an unknown model.
+    """
+    fields = Fields(body)
+    name = read_model(fields, model.name)
+    fields.refuse_unknown(_KNOWN)
+    for field, why, neutral in _UNSUPPORTED:
+        fields.unsupported(field, why, *neutral)
+    _refuse_tools(fields)
+    _check_text(fields)
+    fields.required("input")
+    max_tokens = fields.integer("max_output_tokens", least=1)
+    top_logprobs = fields.integer("top_logprobs", least=0, most=MAX_TOP_LOGPROBS)
+    logprobs = top_logprobs if top_logprobs or _includes(fields, LOGPROBS) else None
+    if logprobs is None and _includes(fields, LOGPROBS):
+        logprobs = 0
+    sampling = read_sampling(
+        fields, vocab_size=model.vocab_size, max_tokens=max_tokens, logprobs=logprobs
+    )
+    previous, conversation = _links(fields)
+    store = fields.boolean("store", True)
+    background = fields.boolean("background", False)
+    if background and not store:
+        raise invalid("'background' needs 'store' to be true.", param="background")
+    instructions = fields.string("instructions")
+    metadata = read_metadata(fields)
+    truncation = fields.choice("truncation", ("disabled", "auto"), "disabled")
+    on_disconnect = fields.choice(
+        "on_disconnect", ("finish", "cancel"), "finish" if store else "cancel"
+    )
+    if background and on_disconnect == "cancel":
+        raise invalid(
+            "'on_disconnect' cannot be 'cancel' where 'background' is true.", param="on_disconnect"
+        )
+    echoed = {
+        "background": background,
+        "instructions": instructions,
+        "max_output_tokens": max_tokens,
+        "metadata": metadata,
+        "previous_response_id": previous,
+        "store": store,
+        "temperature": _or(sampling.temperature, 1.0),
+        "top_logprobs": top_logprobs or 0,
+        "top_p": _or(sampling.top_p, 1.0),
+        "truncation": truncation,
+    }
+    if conversation is not None:
+        echoed["conversation"] = {"id": conversation}
+    return ParsedResponse(
+        model=name,
+        input_items=read_items(fields, "input"),
+        instructions=instructions,
+        previous_response_id=previous,
+        conversation_id=conversation,
+        store=store,
+        stream=fields.boolean("stream", False),
+        background=background,
+        finish_without_client=on_disconnect == "finish",
+        sampling=sampling,
+        priority=fields.integer("priority", least=-(2**31), most=2**31 - 1) or 0,
+        return_token_ids=fields.boolean("return_token_ids", False),
+        echoed=echoed,
+    )
+
+
+def to_turn(
+    parsed: ParsedResponse,
+    *,
+    owner: str,
+    turn_id: str,
+    history: Sequence[dict[str, Any]] = (),
+    previous_ids: Sequence[str] = (),
+) -> TurnRequest:
+    """Return the turn: instructions, then the history, then the new input."""
+    messages = items_to_messages([*history, *parsed.input_items])
+    if parsed.instructions is not None:
+        messages.insert(0, {"role": "system", "content": parsed.instructions})
+    return TurnRequest(
+        dialect="responses",
+        model=parsed.model,
+        messages=messages,
+        sampling=parsed.sampling,
+        priority=parsed.priority,
+        stream=parsed.stream,
+        return_token_ids=parsed.return_token_ids,
+        store=parsed.store,
+        on_disconnect="finish" if parsed.finish_without_client else "cancel",
+        owner=owner,
+        response_fields=parsed.echoed,
+        turn_id=turn_id,
+        conversation_id=parsed.conversation_id,
+        previous_ids=list(previous_ids),
+        input_items=parsed.input_items,
+    )
+
+
+def _or(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value
+
+
+def _refuse_tools(fields: Fields) -> None:
+    fields.unsupported("tools", "the model cannot call tools yet", [])
+    fields.unsupported("tool_choice", "the model cannot call tools yet", "none", "auto")
+
+
+def _check_text(fields: Fields) -> None:
+    text = fields.inner("text")
+    if text is None:
+        return
+    text.choice("verbosity", ("low", "medium", "high"), "medium")
+    form = text.inner("format")
+    if form is None:
+        return
+    kind = form.string("type")
+    if kind != "text":
+        raise invalid(
+            f"'text.format.type' is {show(kind)}; only 'text' is supported: answers are plain "
+            f"text, JSON cannot be guaranteed yet.",
+            param="text.format.type",
+            code="unsupported_parameter",
+        )
+
+
+def _includes(fields: Fields, name: str) -> bool:
+    include = fields.array("include", max_len=32) or []
+    for index, value in enumerate(include):
+        if value not in _INCLUDABLE:
+            words = ", ".join(f"'{word}'" for word in _INCLUDABLE)
+            raise invalid(
+                f"Invalid value for 'include[{index}]': {show(value)}; supported values are: "
+                f"{words}.",
+                param=f"include[{index}]",
+                code="invalid_value",
+            )
+    return name in include
+
+
+def _links(fields: Fields) -> tuple[str | None, str | None]:
+    """Read ``previous_response_id`` and ``conversation`` (an id, or an object with one)."""
+    previous = fields.string("previous_response_id", empty=False, max_len=128)
+    if isinstance(fields.raw("conversation"), dict):
+        inner = fields.inner("conversation")
+        assert inner is not None
+        inner.required("id")
+        conversation = inner.string("id", empty=False, max_len=128)
+    else:
+        conversation = fields.string("conversation", empty=False, max_len=128)
+    if previous is not None and conversation is not None:
+        raise invalid(
+            "'previous_response_id' and 'conversation' cannot be used together.",
+            param="previous_response_id",
+            code="invalid_value",
+        )
+    return previous, conversation
