@@ -77,7 +77,7 @@ bench: $(DEV)
 MINUTES ?= 90
 pebble: $(DEV)
 	@test -n "$(DATA)" || { echo "Say where the training text lies: make pebble DATA=folder"; exit 2; }
-	$(BIN)/python -m engine.train --data $(DATA) --out engine/assets/pebble --minutes $(MINUTES)
+	$(BIN)/python -m engine.train --data $(DATA) --out build/pebble --export engine/assets/pebble --minutes $(MINUTES)
 
 clean:
 	rm -rf $(VENV) build web/dist web/node_modules

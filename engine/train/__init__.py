@@ -1,0 +1,1 @@
+"""Pre-training of the bundled model: tokenizer, packed data, model, optimisers, trainer, export."""
