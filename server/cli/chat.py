@@ -120,10 +120,13 @@ class Chat:
             return 2
         self._choose_model()
         to_terminal = sys.stdout.isatty()
-        status = self._exchange(
-            text.rstrip("\n"),
-            lambda added: plain_answer(sys.stdout, added, to_terminal=to_terminal),
-        )
+        try:
+            status = self._exchange(
+                text.rstrip("\n"),
+                lambda added: plain_answer(sys.stdout, added, to_terminal=to_terminal),
+            )
+        except KeyboardInterrupt:
+            return 130
         answer = self._answer
         if answer is not None and answer.text and not answer.text.endswith("\n"):
             plain_answer(sys.stdout, "\n", to_terminal=to_terminal)
@@ -174,6 +177,9 @@ class Chat:
             return
         if self._answer is not None:
             closing_line(self._console, self._answer)
+            if self._answer.problem_code == "conversation_not_found":
+                self._console.print("[dim]The next question begins a new conversation.[/]\n")
+                self._dialogue.conversation_id = None
 
     def _exchange(self, text: str, show: Callable[[str], None]) -> int:
         """Send ``text`` and show its answer; Ctrl-C stops the answer, a second one the waiting."""
@@ -184,13 +190,15 @@ class Chat:
             try:
                 answer = work.result()
             except KeyboardInterrupt:
-                if stopped or self._answer is None or self._answer.response_id is None:
+                response_id = self._response_id()
+                if response_id is None:
                     work.cancel()
-                    if self._answer is not None and self._answer.response_id is not None:
-                        return 130
                     raise
+                if stopped:
+                    work.cancel()
+                    return 130
                 stopped = True
-                self._loop.submit(self._stop(self._answer.response_id))
+                self._loop.submit(self._stop(response_id))
                 continue
             if stopped:
                 return 130
@@ -205,6 +213,9 @@ class Chat:
                     show(added)
         assert answer is not None
         return answer
+
+    def _response_id(self) -> str | None:
+        return None if self._answer is None else self._answer.response_id
 
     async def _stop(self, response_id: str) -> None:
         # When it cannot be stopped it goes on, and a second Ctrl-C leaves it alone.

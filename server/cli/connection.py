@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import os
 import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -198,11 +199,12 @@ class Connection:
         return self._http
 
     def _away(self, error: BaseException) -> ServerAway:
-        reason = "it does not answer" if isinstance(error, TimeoutError) else str(error)
         if isinstance(error, aiohttp.ClientConnectorError):
-            reason = error.os_error.strerror or reason
-        elif isinstance(error, OSError) and error.strerror and "multiple" not in reason.lower():
-            reason = error.strerror
+            error = error.os_error
+        number = error.errno if isinstance(error, OSError) else None
+        reason = os.strerror(number) if number and number > 0 else str(error)
+        if isinstance(error, TimeoutError):
+            reason = "it does not answer"
         return ServerAway(f"cannot reach {self._url} ({reason}); is `millrace serve` running?")
 
 

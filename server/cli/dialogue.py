@@ -101,6 +101,7 @@ class Answer:
         """Sequence number of the latest event, from which the answer can be picked up again."""
         self.output_tokens: int | None = None
         self.problem: str | None = None
+        self.problem_code: str | None = None
         self.lost_history = False
 
     @property
@@ -156,7 +157,7 @@ class Answer:
         if (speed := self.tokens_per_s) is not None:
             parts.append(f"{speed:,.1f} tokens/s" if speed < 100 else f"{speed:,.0f} tokens/s")
         if (first := self.first_token_s) is not None:
-            parts.append(f"first after {first * 1000:,.0f} ms" if first < 1 else f"{first:.1f} s")
+            parts.append(_first_text(first))
         if self.phase is Phase.INCOMPLETE:
             parts.append("cut off: the length limit was reached")
         if self.phase is Phase.CANCELLED:
@@ -185,8 +186,15 @@ class Answer:
     def _refuse(self, event: Mapping[str, Any]) -> None:
         self.phase = Phase.FAILED if self.response_id else Phase.REFUSED
         error = event.get("error")
-        message = error.get("message") if isinstance(error, Mapping) else event.get("message")
-        self.problem = str(message or "the server gave no reason")
+        problem = error if isinstance(error, Mapping) else event
+        self.problem = str(problem.get("message") or "the server gave no reason")
+        self.problem_code = problem.get("code")
+
+
+def _first_text(seconds: float) -> str:
+    return (
+        f"first after {seconds * 1000:,.0f} ms" if seconds < 1 else f"first after {seconds:.1f} s"
+    )
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

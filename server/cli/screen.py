@@ -71,11 +71,12 @@ class GrowingAnswer:
     def add(self, text: str) -> None:
         """Show more text."""
         finished, self._tail = split_finished(self._tail + without_controls(text))
+        # Printing draws the live part again as it was at its last refresh, so that comes first.
+        if self._tail.strip():
+            self._live.update(_Tail(self._tail), refresh=bool(finished))
         if finished.strip():
             self._live.console.print(Markdown(finished))
             self._live.console.print()
-        if self._tail.strip():
-            self._live.update(_Tail(self._tail))
 
     def note(self, text: str) -> None:
         """Print a line about what is going on."""
