@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from engine.batch import Batch, BatchBuilder
-from engine.cache import CacheManager, FullAttentionGroup
+from engine.cache import CacheManager, FullAttentionGroup, Holding
 from engine.scheduler import Scheduler
-from engine.steps import Plan, RequestState, StepOutput
+from engine.steps import Plan, RequestState, Row, StepOutput
 from engine.types import Request, SamplingParams, TokenLogprobs
 
 CPU = torch.device("cpu")
@@ -127,3 +127,20 @@ def test_a_row_slot_stays_while_its_request_is_planned() -> None:
         stayed += len(now) - len(new)
         before = now
     assert stayed > 100
+
+
+@pytest.mark.parametrize("blocks", [[9, 8, 7, 6], [9, 8, 7, 6, 5], [9, 8]])
+def test_another_list_of_blocks_replaces_the_known_one(blocks: list[int]) -> None:
+    """A request can be preempted and let in again between two plans that both name it."""
+    builder = BatchBuilder(4, 64, 8, 80, CPU)
+    request = Request(request_id="r", prompt_ids=[1] * 16, sampling=SamplingParams(max_tokens=9))
+    state = RequestState(request, 0, Holding("", 1, 4), 80, ())
+    other = RequestState(request, 1, Holding("", 1, 4), 80, ())
+    other.holding.block_ids[0] = [11, 12, 13, 14]
+    state.holding.block_ids[0] = [1, 2, 3, 4]
+    num_tokens = 4 * min(4, len(blocks))
+    for known in ([1, 2, 3, 4], blocks):
+        state.holding.block_ids[0] = known
+        rows = [Row(state, 0, num_tokens, False, False), Row(other, 15, 1, True, False)]
+        plan = Plan(rows, num_tokens + 1)
+        check(plan, builder.build(plan), 4)

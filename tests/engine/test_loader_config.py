@@ -170,6 +170,7 @@ def test_files_that_are_no_config(content: bytes | None, message: str, tmp_path:
         {**YARN, "beta_fast": 4.0, "beta_slow": 2.0, "factor": 16.0},
         {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5},
         {**YARN, "attention_factor": 0.9},
+        {**YARN, "rope_theta": 100.0, "original_max_position_embeddings": 4096},
         {"rope_type": "yarn", "factor": 2.0},
     ],
 )

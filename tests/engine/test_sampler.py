@@ -94,7 +94,7 @@ def test_every_row_gets_its_own_parameters() -> None:
     bench, oracle = Bench(), ReferenceOps()
     random = torch.Generator().manual_seed(0)
     states = [
-        state(torch.randint(V, (5 + i,), generator=random).tolist(), **sampling)
+        state(torch.randint(V, (5 + i,), generator=random).tolist(), [11, 12, 11], **sampling)
         for i, sampling in enumerate(MIXED)
     ]
     for step in range(12):
@@ -102,6 +102,7 @@ def test_every_row_gets_its_own_parameters() -> None:
         present = present[step % 3 :] + present[: step % 3]
         logits = random_logits(len(present), step)
         logits[:, 3] += 2.0  # end tokens are tempting
+        logits[:, 11:13] += 3.0  # and so are tokens that were there before, once and twice
         ids, logprobs = bench.draw(present, logits)
         assert len(ids) == len(logprobs) == len(present)
         for s, raw, token, entry in zip(present, logits, ids, logprobs, strict=True):
@@ -137,6 +138,16 @@ def check_entry(
     assert entry.top_logprobs == pytest.approx(logs[entry.top_ids].tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("logprobs", [0, 2, 100])
+def test_logprobs_are_of_the_unmodified_distribution(logprobs: int) -> None:
+    bench, logits = Bench(), random_logits(3)
+    wishes: list[dict[str, Any]] = [{"logit_bias": {5: 9.0}}, {"frequency_penalty": 2.0}, {}]
+    states = [state([1], [5, 5, 6], logprobs=logprobs, **wish) for wish in wishes]
+    ids, entries = bench.draw(states, logits)
+    for entry, raw, token in zip(entries, logits, ids, strict=True):
+        check_entry(entry, raw, token, min(logprobs, V))
+
+
 def test_greedy_rows_alone_and_among_others_agree() -> None:
     bench = Bench()
     logits = random_logits(3)
@@ -147,6 +158,15 @@ def test_greedy_rows_alone_and_among_others_agree() -> None:
     ids, logprobs = bench.draw(with_others, torch.cat((logits, random_logits(1, 9))))
     assert ids[:3] == expected
     assert logprobs[:3] == [None] * 3
+
+
+def test_frequency_counts_every_time() -> None:
+    bench, logits = Bench(), torch.zeros(1, V)
+    logits[0, 11], logits[0, 12] = 3.0, 2.5
+    asking = state([11, 11, 12], [11, 12, 11], frequency_penalty=0.7)
+    assert bench.draw([asking], logits)[0] == [12]  # 2.5 - 0.7 against 3.0 - 2 * 0.7
+    asking.token_ids += [12, 12]
+    assert bench.draw([asking], logits)[0] == [11]  # 2.5 - 3 * 0.7 against 3.0 - 2 * 0.7
 
 
 def test_the_draw_depends_on_seed_and_position_only() -> None:
