@@ -32,6 +32,7 @@ class ApiError(Exception):
         self.code = code
         self.param = param
         self.retry_after_s = retry_after_s
+        self.headers: dict[str, str] = {}
 
     def body(self) -> dict[str, Any]:
         """Return the error in OpenAI's shape."""

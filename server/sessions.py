@@ -33,7 +33,7 @@ from server.request import TurnRequest
 from server.response_object import new_id
 from server.store import Store, StoreError
 
-__all__ = ["ConversationRecord", "Page", "ResponseRecord", "Sessions"]
+__all__ = ["ConversationRecord", "Page", "ResponseRecord", "Sessions", "page_of"]
 
 MAX_ITEMS = 4096
 """Most items of a conversation, and of a chain of responses."""
@@ -295,10 +295,13 @@ class Sessions:
 
     # Turns on conversations
 
-    async def claim(self, conversation_id: str, owner: str, turn_id: str) -> list[Item]:
-        """Take a conversation for one turn and return its items.
+    async def claim(
+        self, conversation_id: str, owner: str, turn_id: str, *, num_new: int
+    ) -> list[Item]:
+        """Take a conversation for one turn that adds ``num_new`` items, and return its items.
 
-        Raises ApiError 409 while another turn has it; a turn whose server died has it no longer.
+        Raises ApiError: 400 when they have no room, 409 while another turn has the conversation; a
+        turn whose server died has it no longer.
         """
         await self.conversation(conversation_id, owner)
         key = self._conversation_key(conversation_id, "turn")
@@ -312,7 +315,11 @@ class Sessions:
                     code="conversation_busy",
                     param="conversation",
                 )
-        return [stored.item for stored in await self._items(conversation_id)]
+        items = [stored.item for stored in await self._items(conversation_id)]
+        if len(items) + num_new > MAX_ITEMS:
+            await self.release(conversation_id, turn_id)
+            raise _full(len(items) + num_new)
+        return items
 
     async def _take_over(self, key: str, mine: str) -> bool:
         """Take the claim of a dead replica."""
@@ -354,12 +361,8 @@ class Sessions:
                 return
             count = await self._redis.zcard(order)
             if count + len(items) > MAX_ITEMS:
-                raise invalid(
-                    f"The conversation would have {count + len(items)} items; at most {MAX_ITEMS} "
-                    f"are allowed.",
-                    code="conversation_full",
-                )
-            last = await self._redis.zrange(order, -1, -1)
+                raise _full(count + len(items))
+            last: Any = await self._redis.zrange(order, -1, -1)
             parent = last[0].decode() if last else None
             end = await self._redis.incrby(numbers, len(items))
             pipe = self._redis.pipeline(transaction=True)
@@ -400,6 +403,13 @@ class Sessions:
 def record_items(record: ResponseRecord) -> list[Item]:
     """Return a response's input and output."""
     return [*record.input_items, *record.response["output"]]
+
+
+def _full(num_items: int) -> ApiError:
+    return invalid(
+        f"The conversation would have {num_items} items; at most {MAX_ITEMS} are allowed.",
+        code="conversation_full",
+    )
 
 
 def _no_previous(response_id: str) -> ApiError:

@@ -165,20 +165,21 @@ class Turn:
 
     async def cancel(self) -> None:
         """End the turn with ``response.cancelled`` and wait for its end. Idempotent."""
-        self._stop()
+        self.stop()
         await self.ended()
 
     def detach(self) -> None:
         """The client that started the turn left: apply ``request.on_disconnect``."""
         if self.request.on_disconnect == "cancel":
-            self._stop()
+            self.stop()
 
     async def ended(self) -> None:
         """Wait until the terminal event is written and everything is released."""
         if self._task is not None:
             await asyncio.wait([self._task])
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Ask for the turn's end with ``response.cancelled``, without waiting for it."""
         if self._state is _State.RUNNING and not self._cancelled:
             self._cancelled = True
             # A task that is cancelled before it begins never runs, and would owe the terminal
@@ -295,10 +296,9 @@ class Turn:
 
     async def _pump(self, sequence: _Sequence) -> None:
         choice = sequence.choice
-        assert sequence.stream is not None
         shown = self._prompts_shown[choice.output_index // self.request.n]
         wait_for_prompt = self._shows_prompts and choice.output_index % self.request.n > 0
-        async for delta in sequence.stream:
+        async for delta in _until_closed(sequence):
             if delta.finish_reason is FinishReason.ABORT and choice.phase is not Phase.CLOSED:
                 raise RequestError("the engine gave this request up")
             self._time(len(delta.token_ids))
@@ -404,6 +404,17 @@ class Turn:
             completion_tokens=completion,
             duration_s=time.monotonic() - self._arrived_s,
         )
+
+
+async def _until_closed(sequence: _Sequence) -> AsyncIterator[Delta]:
+    """Yield what the engine sends; how it ends no longer matters once the choice is closed."""
+    assert sequence.stream is not None
+    try:
+        async for delta in sequence.stream:
+            yield delta
+    except EngineError:
+        if sequence.choice.phase is not Phase.CLOSED:
+            raise
 
 
 def _terminal(ending: _Ending, response: dict[str, Any]) -> Event:

@@ -40,7 +40,7 @@ from server.events import (
 from server.request import TurnRequest
 from server.transports.sse import Frame
 
-__all__ = ["ChatCollector", "ChatRequest", "ChatStream", "parse"]
+__all__ = ["KNOWN_FIELDS", "ChatCollector", "ChatRequest", "ChatStream", "parse"]
 
 _READ = frozenset(
     {
@@ -97,7 +97,7 @@ _UNSUPPORTED: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("best_of", "only n answers are made, and all are returned", (1,)),
     ("use_beam_search", "tokens are sampled", (False,)),
 )
-_KNOWN = _READ | SAMPLING_FIELDS | _IGNORED | {name for name, _, _ in _UNSUPPORTED}
+KNOWN_FIELDS = _READ | SAMPLING_FIELDS | _IGNORED | {name for name, _, _ in _UNSUPPORTED}
 
 
 class ChatRequest(NamedTuple):
@@ -114,7 +114,7 @@ def parse(body: object, model: ModelInfo, owner: str = "") -> ChatRequest:
     """
     fields = Fields(body)
     name = read_model(fields, model.name)
-    fields.refuse_unknown(_KNOWN)
+    fields.refuse_unknown(KNOWN_FIELDS)
     for field, why, neutral in _UNSUPPORTED:
         fields.unsupported(field, why, *neutral)
     stream = fields.boolean("stream", False)

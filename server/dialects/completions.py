@@ -49,7 +49,13 @@ from server.events import (
 from server.request import TurnRequest
 from server.transports.sse import Frame
 
-__all__ = ["CompletionCollector", "CompletionRequest", "CompletionStream", "parse"]
+__all__ = [
+    "KNOWN_FIELDS",
+    "CompletionCollector",
+    "CompletionRequest",
+    "CompletionStream",
+    "parse",
+]
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for this endpoint."""
@@ -78,7 +84,7 @@ _UNSUPPORTED: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("response_format", "JSON cannot be guaranteed yet", ({"type": "text"},)),
     ("prompt_embeds", "prompts are text or token ids", ()),
 )
-_KNOWN = _READ | SAMPLING_FIELDS | _IGNORED | {"best_of"} | {name for name, _, _ in _UNSUPPORTED}
+KNOWN_FIELDS = _READ | SAMPLING_FIELDS | _IGNORED | {"best_of"} | {name for name, _, _ in _UNSUPPORTED}
 
 
 class CompletionRequest(NamedTuple):
@@ -95,7 +101,7 @@ def parse(body: object, model: ModelInfo, owner: str = "") -> CompletionRequest:
     """
     fields = Fields(body)
     name = read_model(fields, model.name)
-    fields.refuse_unknown(_KNOWN)
+    fields.refuse_unknown(KNOWN_FIELDS)
     for field, why, neutral in _UNSUPPORTED:
         fields.unsupported(field, why, *neutral)
     stream = fields.boolean("stream", False)

@@ -56,7 +56,10 @@ _READ = frozenset(
 )
 _IGNORED = frozenset(
     {
+        "access_programs",
+        "background_options",
         "context_management",
+        "image",
         "max_tool_calls",
         "parallel_tool_calls",
         "prompt_cache_key",
@@ -72,6 +75,7 @@ _IGNORED = frozenset(
 _UNSUPPORTED: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("prompt", "there are no stored prompt templates", ()),
     ("moderation", "there is no moderation", ()),
+    ("generate", "a response without an answer cannot be prepared", (True,)),
     ("n", "one answer is made; Chat Completions can make several", (1,)),
     ("prompt_logprobs", "the Responses API has no place for them; Completions has", ()),
 )
@@ -171,8 +175,12 @@ def to_turn(
     turn_id: str,
     history: Sequence[dict[str, Any]] = (),
     previous_ids: Sequence[str] = (),
+    keep_history: bool = False,
 ) -> TurnRequest:
-    """Return the turn: instructions, then the history, then the new input."""
+    """Return the turn: instructions, then the history, then the new input.
+
+    With ``keep_history`` the history is stored with the turn: it is nowhere else.
+    """
     messages = items_to_messages([*history, *parsed.input_items])
     if parsed.instructions is not None:
         messages.insert(0, {"role": "system", "content": parsed.instructions})
@@ -191,7 +199,7 @@ def to_turn(
         turn_id=turn_id,
         conversation_id=parsed.conversation_id,
         previous_ids=list(previous_ids),
-        input_items=parsed.input_items,
+        input_items=[*history, *parsed.input_items] if keep_history else parsed.input_items,
     )
 
 

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import traceback
 from collections import OrderedDict
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import orjson
@@ -41,7 +41,6 @@ MAX_QUEUED = 16
 """Turns that may wait in one lane."""
 MAX_RECENT = 16
 """Responses with ``store: false`` that a connection remembers for ``previous_response_id``."""
-SEND_CHUNK = 64
 
 
 async def serve(http: web.Request) -> web.WebSocketResponse:
@@ -95,11 +94,12 @@ class _Connection:
         """Handle one message."""
         stream_id: str | None = None
         try:
-            fields = Fields(load_json(text.encode("utf-8", "surrogatepass")))
+            message = load_json(text.encode("utf-8", "surrogatepass"))
+            fields = Fields(message)
             stream_id = fields.string("stream_id", empty=False, max_len=64)
             kind = fields.required("type")
             if kind == "response.create":
-                self._enqueue(fields, stream_id)
+                self._enqueue(message, stream_id)
             elif kind == "response.cancel":
                 await self._cancel(fields, stream_id)
             else:
@@ -117,7 +117,8 @@ class _Connection:
         event: dict[str, Any] = {"type": "error", "status": error.status, **error.body()}
         if stream_id is not None:
             event["stream_id"] = stream_id
-        await self._send([orjson.dumps(event)])
+        with contextlib.suppress(ConnectionResetError):
+            await self._send([orjson.dumps(event)])
 
     async def close(self) -> None:
         """The client is gone: drop what waits, and leave what runs to its ``on_disconnect``."""
@@ -126,7 +127,7 @@ class _Connection:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _enqueue(self, fields: Fields, stream_id: str | None) -> None:
+    def _enqueue(self, message: object, stream_id: str | None) -> None:
         lane = self._lanes.get(stream_id)
         if lane is None:
             limit = self._app[SETTINGS].max_lanes
@@ -146,7 +147,7 @@ class _Connection:
                 kind="rate_limit_error",
                 code="too_many_requests",
             )
-        lane.queue.put_nowait(fields.body)
+        lane.queue.put_nowait(cast(dict[str, Any], message))
         if lane.task is None:
             lane.task = asyncio.create_task(self._work(stream_id, lane), name="websocket-lane")
 
@@ -221,9 +222,8 @@ class _Connection:
             self._recent.popitem(last=False)
 
     async def _send(self, frames: list[bytes]) -> None:
-        with contextlib.suppress(ConnectionResetError):
-            for frame in frames:
-                await self._socket.send_frame(frame, WSMsgType.TEXT)
+        for frame in frames:
+            await self._socket.send_frame(frame, WSMsgType.TEXT)
 
 
 def _on_lane(entry: Entry, stream_id: str | None) -> bytes:

@@ -1,0 +1,69 @@
+"""How a request of the Responses API becomes a running turn: what it refers to is loaded first."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from server.dialects.responses import ParsedResponse, to_turn
+from server.response_object import new_id
+from server.sessions import Sessions
+from server.store import StoreError
+from server.turn import Turn, Turns
+
+__all__ = ["Begun", "Items", "begin"]
+
+Items = list[dict[str, Any]]
+
+
+class Begun(NamedTuple):
+    """A turn that runs, and all items it was given: history and new input."""
+
+    turn: Turn
+    items: Items
+
+
+async def begin(
+    parsed: ParsedResponse,
+    *,
+    owner: str,
+    turns: Turns,
+    sessions: Sessions,
+    recent: Mapping[str, Items] | None = None,
+) -> Begun:
+    """Load the history, claim the conversation and start the turn.
+
+    ``recent`` are the items of responses that are not stored but known to the caller's connection.
+    Raises ApiError, StoreError; nothing is left claimed then.
+    """
+    turn_id = new_id("resp")
+    previous_ids: list[str] = []
+    history: Items = []
+    conversation_id = parsed.conversation_id
+    previous_id = parsed.previous_response_id
+    is_recent = previous_id is not None and previous_id in (recent or {})
+    if previous_id is not None and recent and is_recent:
+        history = recent[previous_id]
+    elif previous_id is not None:
+        previous_ids, history = await sessions.history(previous_id, owner)
+    elif conversation_id is not None:
+        history = await sessions.claim(
+            conversation_id, owner, turn_id, num_new=len(parsed.input_items) + 1
+        )
+    request = to_turn(
+        parsed,
+        owner=owner,
+        turn_id=turn_id,
+        history=history,
+        previous_ids=previous_ids,
+        keep_history=is_recent,
+    )
+    try:
+        turn = await turns.start(request)
+    except BaseException:
+        if conversation_id is not None:
+            with contextlib.suppress(StoreError):
+                await sessions.release(conversation_id, turn_id)
+        raise
+    return Begun(turn, [*history, *parsed.input_items])
