@@ -288,7 +288,7 @@ double cut(const Shape& s, const int32_t* tables, const int32_t* starts, const i
 
 using namespace millrace;
 
-extern "C" int64_t millrace_paged_attention(
+extern "C" __attribute__((visibility("default"))) int64_t millrace_paged_attention(
     int cache_dtype, float* out, const float* q, const void* k_cache, const void* v_cache,
     const int32_t* block_tables, const int32_t* query_starts, const int32_t* context_lens,
     int64_t requests, int64_t tokens, int64_t q_heads, int64_t kv_heads, int64_t head_dim,

@@ -31,7 +31,7 @@ __all__ = ["BuildError", "cpu_features", "library"]
 _SOURCE_DIR = Path(__file__).resolve().parent
 # No contraction: a fused multiply-add where the compiler likes would make bits depend on its mood.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno",
-          "-fno-trapping-math", "-fvisibility-inlines-hidden", "-pthread")  # fmt: skip
+          "-fno-trapping-math", "-fvisibility=hidden", "-pthread")  # fmt: skip
 _COMPILE_TIMEOUT_S = 300.0
 _V3 = frozenset(("avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"))
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}

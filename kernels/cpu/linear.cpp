@@ -13,9 +13,9 @@
 namespace millrace {
 namespace {
 
-constexpr int64_t kDepthBlock = 256;           // a float32 panel block of 16 KiB stays in L1
-constexpr int64_t kRowBlock = 32 * kTileRows;  // a block of activations stays in L2
-constexpr int64_t kBlockStride = kDepthBlock + 16;  // not a power of two: rows spread over sets
+// A block of activations stays in L2. Few rows leave room for more depth.
+constexpr int64_t kRowBlock = 192, kLeastDepth = 256, kMostDepth = 1024;
+constexpr int64_t kBlockFloats = kRowBlock * (kLeastDepth + kPanel);
 
 inline int64_t panels_of(int64_t features) { return (features + kPanel - 1) / kPanel; }
 
@@ -67,18 +67,20 @@ struct Product {
   // A block of rows by the panels [first, last), a block of the width at a time.
   void block(int64_t first_row, int64_t count, int64_t first, int64_t last) const {
     static thread_local std::vector<float> storage;
-    storage.resize(kRowBlock * (kBlockStride + kPanel));
-    float* const local = storage.data();
-    float* const narrow = local + kRowBlock * kBlockStride;
+    storage.resize(kBlockFloats + kRowBlock * kPanel);
+    float *const local = storage.data(), *const narrow = local + kBlockFloats;
+    const int64_t most = std::clamp((kBlockFloats / count - kPanel) / kPanel * kPanel, kLeastDepth,
+                                    kMostDepth);
+    const int64_t local_stride = most + kPanel;  // not a power of two: rows spread over cache sets
     const int64_t whole = std::min(last, features / kPanel), stride = width * kPanel;
-    for (int64_t k = 0; k < width; k += kDepthBlock) {
-      const int64_t depth = std::min(kDepthBlock, width - k);
+    for (int64_t k = 0; k < width; k += most) {
+      const int64_t depth = std::min(most, width - k);
       for (int64_t m = 0; m < count; ++m)
-        std::memcpy(local + m * kBlockStride, x + (first_row + m) * width + k,
+        std::memcpy(local + m * local_stride, x + (first_row + m) * width + k,
                     sizeof(float) * depth);
       const auto multiply = [&](int64_t p, int64_t panels, float* c, int64_t ldc) {
         for_row_tiles(count, [&](int64_t m, int tile_rows) {
-          tile_strip(tile_rows, panels, local + m * kBlockStride, kBlockStride,
+          tile_strip(tile_rows, panels, local + m * local_stride, local_stride,
                      panel(p) + k * kPanel, stride, depth, c + m * ldc, ldc, k > 0);
         });
       };
@@ -116,6 +118,7 @@ struct Product {
 
 using namespace millrace;
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // weight [features, width] -> out [ceil(features/16)*16*width], both of dtype.
@@ -138,3 +141,4 @@ void millrace_linear(int dtype, float* out, const float* x, const void* packed, 
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

@@ -282,6 +282,7 @@ int64_t check_entries(const int64_t* rows, const int64_t* ids, int64_t count, in
 
 using namespace millrace;
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 int64_t millrace_apply_penalties(float* logits, const int64_t* entry_rows, const int64_t* entry_ids,
@@ -354,3 +355,4 @@ void millrace_token_hashes(uint32_t* out, int64_t seed, int64_t position, int64_
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

@@ -152,7 +152,9 @@ int64_t pieces(double nanoseconds, int64_t most) {
 
 }  // namespace millrace
 
+#pragma GCC visibility push(default)
 extern "C" {
 void millrace_set_num_threads(int count) { millrace::set_num_threads(count); }
 int millrace_num_threads() { return millrace::num_threads(); }
 }
+#pragma GCC visibility pop

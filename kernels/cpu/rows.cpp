@@ -119,6 +119,7 @@ inline float silu_times(float gate, float up) {
 
 using namespace millrace;
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // Arguments of bad values: 1 ids.
@@ -222,3 +223,4 @@ int64_t millrace_gather_rows(float* out, const float* x, const int64_t* rows, in
 }
 
 }  // extern "C"
+#pragma GCC visibility pop
