@@ -6,9 +6,10 @@ import logging
 import secrets
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from engine import Tokenizer
 from server.errors import ApiError
@@ -52,8 +53,6 @@ __all__ = ["build_app"]
 
 log = logging.getLogger("millrace.server")
 access_log = logging.getLogger("millrace.access")
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _MAX_LOGGED_PATH = 120
 
@@ -145,11 +144,12 @@ class _Surroundings:
         self._keys = keys
         self._origins = Origins(settings.host, settings.allowed_origins)
 
-    def middleware(self) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+    def middleware(self) -> Middleware:
         """Return the middleware."""
 
         @web.middleware
-        async def surround(http: web.Request, handler: Handler) -> web.StreamResponse:
+        async def surround(request: web.Request, handler: Handler) -> web.StreamResponse:
+            http = request
             begun_s = time.monotonic()
             http[REQUEST_ID] = f"req_{secrets.token_hex(12)}"
             status = 499

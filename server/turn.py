@@ -574,6 +574,10 @@ class Turns:
         if not self._turns:
             self._idle.set()
 
+    async def until_idle(self) -> None:
+        """Wait until no turn runs."""
+        await self._idle.wait()
+
     async def drain(self, patience_s: float) -> None:
         """Take no new turns, wait for those that run, and cancel what runs after ``patience_s``."""
         self.draining = True
