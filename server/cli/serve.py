@@ -31,7 +31,7 @@ __all__ = ["StartError", "bind", "serve"]
 log = logging.getLogger("millrace.server")
 
 _INTERRUPTED = 130
-_CLOSE_S = 3.0
+_CLOSE_S = 1.0
 """How long open connections may take to close when no turn runs any more."""
 
 
