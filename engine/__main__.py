@@ -78,7 +78,14 @@ def _load(link: Link, configure: Configure) -> tuple[Core, ModelInfo]:
         eos_token_ids=info.eos_token_ids,
         chunk_tokens=config.chunk_tokens,
     )
-    return Core(link, scheduler, runner, check_integrity=config.check_integrity), info
+    core = Core(
+        link,
+        scheduler,
+        runner,
+        vocab_size=info.vocab_size,
+        check_integrity=config.check_integrity,
+    )
+    return core, info
 
 
 if __name__ == "__main__":

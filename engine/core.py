@@ -37,11 +37,18 @@ class Core:
     """Drives one scheduler and one runner until the link closes."""
 
     def __init__(
-        self, link: Channel, scheduler: Scheduler, runner: Forward, *, check_integrity: bool = False
+        self,
+        link: Channel,
+        scheduler: Scheduler,
+        runner: Forward,
+        *,
+        vocab_size: int,
+        check_integrity: bool = False,
     ) -> None:
         self._link = link
         self._scheduler = scheduler
         self._runner = runner
+        self._vocab_size = vocab_size
         self._check_integrity = check_integrity
         self._steps = 0
         self._step_s = 0.0
@@ -92,6 +99,11 @@ class Core:
 
     def _add(self, request: Request) -> Delta | None:
         try:
+            if max(request.prompt_ids, default=0) >= self._vocab_size:
+                raise RequestError(
+                    f"token id {max(request.prompt_ids)} is not one of the model's "
+                    f"{self._vocab_size}: do tokenizer and model belong together?"
+                )
             self._scheduler.add(request)
         except RequestError as error:
             return Delta(

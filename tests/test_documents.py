@@ -1,4 +1,4 @@
-"""The documents are true: every path that ARCHITECTURE.md names exists, and the README's commands too."""
+"""The documents are true: the paths and commands that they name exist."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def run(link: ScriptedLink) -> CountingRunner:
         cache, max_num_tokens=16, max_num_seqs=8, max_model_len=64, eos_token_ids=[0]
     )
     runner = CountingRunner()
-    core = Core(link, scheduler, runner, check_integrity=True)
+    core = Core(link, scheduler, runner, vocab_size=100, check_integrity=True)
     with pytest.raises(LinkClosed):
         core.run()
     return runner
@@ -108,6 +108,14 @@ def test_a_refused_request_ends_with_the_reason_and_disturbs_nobody() -> None:
     assert refused.error is not None
     assert "64 tokens" in refused.error
     assert link.deltas("a")[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_a_token_the_model_does_not_have_is_refused_before_it_reaches_a_kernel() -> None:
+    link = ScriptedLink([submit("odd", [5, 100], 1)], [])
+    assert run(link).plans == 0
+    (refused,) = link.deltas("odd")
+    assert refused.error is not None
+    assert "token id 100 is not one of the model's 100" in refused.error
 
 
 def test_an_abort_is_answered_in_the_same_round() -> None:
