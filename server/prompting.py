@@ -18,6 +18,8 @@ _T = TypeVar("_T")
 
 EXECUTOR_CHARS = 8192
 """Longer texts are encoded in a thread: a character takes up to a microsecond."""
+_OWN_ARGUMENTS = frozenset({"tools", "add_generation_prompt", "continue_final_message"})
+"""Of ``Tokenizer.render_chat``: fields of the request of their own, if at all."""
 _SEED_LIMIT = 2**63
 
 
@@ -74,6 +76,8 @@ class Prompter:
         return self._tokenizer.encode(text, parse_special=True)
 
     def _render(self, request: TurnRequest) -> list[int]:
+        if clash := sorted(_OWN_ARGUMENTS.intersection(request.template_kwargs)):
+            raise TemplateError(f"the template's variable {clash[0]} cannot be set from outside")
         return self._tokenizer.render_chat(
             request.messages or [],
             add_generation_prompt=request.add_generation_prompt,
