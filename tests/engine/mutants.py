@@ -11,9 +11,13 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 
-__all__ = ["Mutation", "hypothesis_settings", "load_modules"]
+__all__ = ["MACHINE_TIMEOUT_S", "Mutation", "hypothesis_settings", "load_modules"]
 
 _SOURCES = ("engine.blocks", "engine.cache", "engine.steps", "engine.scheduler")
+_LONG = os.environ.get("MILLRACE_HYPOTHESIS") == "long"
+
+MACHINE_TIMEOUT_S = 1800 if _LONG else 60
+"""For the tests that run a state machine with these settings."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,9 @@ def load_modules(mutation: Mutation | None = None) -> Any:
 
 def hypothesis_settings(max_examples: int, stateful_step_count: int) -> settings:
     """The settings of a state machine; MILLRACE_HYPOTHESIS=long makes it run for minutes."""
-    longer = 50 if os.environ.get("MILLRACE_HYPOTHESIS") == "long" else 1
     return settings(
-        max_examples=max_examples * longer,
-        stateful_step_count=stateful_step_count * (2 if longer > 1 else 1),
+        max_examples=max_examples * (8 if _LONG else 1),
+        stateful_step_count=stateful_step_count * (2 if _LONG else 1),
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     )

@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 )
 
 from engine.blocks import BlockPool, InvariantError
-from tests.engine.mutants import Mutation, hypothesis_settings, load_modules
+from tests.engine.mutants import MACHINE_TIMEOUT_S, Mutation, hypothesis_settings, load_modules
 
 KEYS = st.tuples(st.integers(0, 1), st.sampled_from([b"a", b"b", b"c", b"d", b"e"]))
 
@@ -97,7 +97,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 PoolMachine.TestCase.settings = hypothesis_settings(max_examples=60, stateful_step_count=30)
-TestPool = PoolMachine.TestCase
+TestPool = pytest.mark.timeout(MACHINE_TIMEOUT_S)(PoolMachine.TestCase)
 
 MUTATIONS = [
     Mutation("free keeps the reference", "engine.blocks", "ref_counts[block] -= 1", "keys"),

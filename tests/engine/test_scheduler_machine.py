@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from tests.engine.mutants import Mutation, hypothesis_settings, load_modules
+from tests.engine.mutants import MACHINE_TIMEOUT_S, Mutation, hypothesis_settings, load_modules
 from tests.engine.scheduler_world import (
     VOCABULARY,
     World,
@@ -123,7 +123,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = hypothesis_settings(max_examples=150, stateful_step_count=40)
-TestScheduler = SchedulerMachine.TestCase
+TestScheduler = pytest.mark.timeout(MACHINE_TIMEOUT_S)(SchedulerMachine.TestCase)
 
 
 def random_settings(seed: int) -> WorldSettings:
