@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.server.chat_server import KEY, ChatServer, answer, created, delta, ended
+from tests.server.process import needs_model, serving
 from tests.server.terminal import terminal
 
 PROMPT = "you> "
@@ -173,3 +174,21 @@ class TestInAPipe:
         assert "--api-key" in err
         status, out, _ = await piped("hi", "--url", server.url, "--api-key", KEY)
         assert (status, out) == (0, "Hi there\n")
+
+
+@needs_model
+class TestWithTheRealServer:
+    async def test_a_conversation(self) -> None:
+        async with serving() as (_, url):
+            async with terminal("chat", "--url", url, "--temperature", "0") as screen:
+                await screen.expect("pebble")
+                for _ in range(2):
+                    await screen.expect(PROMPT)
+                    screen.type("Hello\r")
+                    await screen.expect("first after")
+                await screen.expect(PROMPT)
+                screen.type("/quit\r")
+                assert await screen.process.wait() == 0
+            status, out, err = await piped("Hello", "--url", url)
+            assert (status, err) == (0, "")
+            assert out.strip()

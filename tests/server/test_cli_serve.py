@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,7 @@ from server.cli.banner import banner
 from server.cli.serve import StartError, bind
 from server.settings import ServerSettings
 from server.store import StoreKind
-
-PEBBLE = Path(server.cli.serve.__file__).parents[2] / "engine" / "assets" / "pebble"
-needs_model = pytest.mark.skipif(
-    not (PEBBLE / "model.safetensors").is_file(), reason="the bundled model is not built"
-)
+from tests.server.process import needs_model, serving
 
 
 def _recorder(seen: list[Any]) -> Callable[[ServerSettings, EngineConfig], int]:
@@ -228,29 +222,6 @@ class TestBanner:
     )
     def test_addresses_can_be_clicked(self, tmp_path: Path, host: str, url: str) -> None:
         assert f"{url}/v1" in self.show(tmp_path, StoreKind.REDIS, host)
-
-
-@asynccontextmanager
-async def serving(*arguments: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """Run the real command on a free port; yield it and its address when it is ready."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "server", "serve", "--port=0", "--num-threads=1", *arguments),
-        stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "MILLRACE_KV_MEMORY": "32MiB"},
-    )
-    try:
-        assert process.stdout is not None
-        lines = []
-        while line := (await process.stdout.readline()).decode():
-            lines.append(line)
-            if line.startswith("  store"):
-                break
-        (url,) = re.findall(r"API +(http://\S+)/v1", "".join(lines))
-        yield process, url
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
 
 
 LONG = {
