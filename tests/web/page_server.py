@@ -70,6 +70,7 @@ class PageServer:
         self._thread = threading.Thread(target=self._loop.run_forever, name="page-server")
         self._runner: web.AppRunner
         self._relay: Relay
+        self._store: Store
         self.engine: ScriptedEngine
 
     def __enter__(self) -> Self:
@@ -135,8 +136,9 @@ class PageServer:
     async def _start(self) -> None:
         self.engine = ScriptedEngine(self._script, max_model_len=self._max_model_len)
         settings = ServerSettings(port=0, api_key_file=self._api_key_file, drain_s=0)
-        app = build_app(settings, self.engine, byte_tokenizer(), await Store.open())
-        self._runner = web.AppRunner(app, shutdown_timeout=1)
+        self._store = await Store.open()
+        app = build_app(settings, self.engine, byte_tokenizer(), self._store)
+        self._runner = web.AppRunner(app, shutdown_timeout=1, handler_cancellation=True)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         self._relay = Relay(self._runner.addresses[0][1])
@@ -146,3 +148,5 @@ class PageServer:
     async def _stop(self) -> None:
         await self._relay.close()
         await self._runner.cleanup()
+        await self.engine.close()
+        await self._store.close()

@@ -15,6 +15,7 @@ def composer(page: Page) -> Locator:
 def send(page: Page, question: str) -> None:
     """Type a question and send it."""
     composer(page).fill(question)
+    expect(page.get_by_role("button", name="Send")).to_be_enabled()
     composer(page).press("Enter")
 
 

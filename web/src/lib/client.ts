@@ -1,8 +1,7 @@
 /**
  * The server as the page sees it: a few HTTP calls, and turns over WebSocket or SSE.
  *
- * A browser cannot send an Authorization header with a WebSocket, so with an API key (or where no
- * socket opens, as behind some proxies) turns go over HTTP with server-sent events instead.
+ * Where no socket opens, as behind some proxies, turns go over HTTP with server-sent events instead.
  */
 import { explainBody, UNREACHABLE } from "./problem";
 import { Refused, type Transport } from "./run";
@@ -15,7 +14,7 @@ const SILENCE_MS = 45_000;
 const PAGE_SIZE = 100;
 
 export class Client implements Transport {
-  apiKey: string | null = null;
+  #apiKey: string | null = null;
   readonly #base: URL;
   readonly #sockets: SocketTurns;
   #socketsWork = true;
@@ -26,6 +25,11 @@ export class Client implements Transport {
     const socketUrl = new URL("v1/responses", this.#base);
     socketUrl.protocol = socketUrl.protocol === "https:" ? "wss:" : "ws:";
     this.#sockets = new SocketTurns(socketUrl.href);
+  }
+
+  set apiKey(key: string | null) {
+    this.#apiKey = key;
+    this.#sockets.apiKey = key;
   }
 
   async models(): Promise<string[]> {
@@ -73,19 +77,17 @@ export class Client implements Transport {
   }
 
   async *create(body: Record<string, unknown>, signal: AbortSignal): AsyncGenerator<TurnEvent> {
-    if (this.apiKey === null && this.#socketsWork) {
+    if (this.#socketsWork) {
       try {
         yield* this.#sockets.create(body, signal);
         return;
       } catch (error) {
         if (!(error instanceof NeverOpened)) throw error;
       }
-      // Nothing was sent. If this way works, the next turn need not try the socket again.
-      yield* this.#sse("POST", "v1/responses", { ...body, stream: true }, signal);
-      this.#socketsWork = false;
-      return;
     }
     yield* this.#sse("POST", "v1/responses", { ...body, stream: true }, signal);
+    // Nothing had been sent over the socket, and this way worked: the next turn goes here at once.
+    this.#socketsWork = false;
   }
 
   resume(responseId: string, after: number | null, signal: AbortSignal): AsyncGenerator<TurnEvent> {
@@ -137,7 +139,7 @@ export class Client implements Transport {
   async #fetch(method: string, path: string, body: unknown, signal: AbortSignal): Promise<Response> {
     const headers: Record<string, string> = {};
     if (body !== undefined) headers["Content-Type"] = "application/json";
-    if (this.apiKey !== null) headers["Authorization"] = `Bearer ${this.apiKey}`;
+    if (this.#apiKey !== null) headers["Authorization"] = `Bearer ${this.#apiKey}`;
     let response: Response;
     try {
       const payload = body === undefined ? null : JSON.stringify(body);

@@ -11,6 +11,8 @@ export class NeverOpened extends Error {}
 /** Without a word for this long, the connection may be half dead; the turn is picked up elsewhere. */
 const SILENCE_MS = 30_000;
 const OPEN_TIMEOUT_MS = 10_000;
+const PROTOCOL = "millrace";
+const KEY_PROTOCOL = "millrace-key.";
 
 /** An asynchronous queue of what one socket says during one turn. */
 class Inbox {
@@ -47,11 +49,21 @@ class Inbox {
 const TERMINAL = new Set(["response.completed", "response.incomplete", "response.failed", "response.cancelled"]);
 
 export class SocketTurns {
+  /** Offered as a subprotocol: browsers cannot set headers of a WebSocket. */
+  #apiKey: string | null = null;
   readonly #url: string;
   #idle: WebSocket | null = null;
 
   constructor(url: string) {
     this.#url = url;
+  }
+
+  /** Sets the key for sockets to come; one that was opened with another is not used again. */
+  set apiKey(key: string | null) {
+    if (key === this.#apiKey) return;
+    this.#apiKey = key;
+    this.#idle?.close();
+    this.#idle = null;
   }
 
   async *create(body: Record<string, unknown>, signal: AbortSignal): AsyncGenerator<TurnEvent> {
@@ -85,7 +97,7 @@ export class SocketTurns {
     const idle = this.#idle;
     this.#idle = null;
     if (idle?.readyState === WebSocket.OPEN) return idle;
-    const socket = new WebSocket(this.#url);
+    const socket = this.#open();
     await new Promise<void>((resolve, reject) => {
       const fail = (): void => {
         clearTimeout(timer);
@@ -101,6 +113,16 @@ export class SocketTurns {
       socket.onclose = fail;
     });
     return socket;
+  }
+
+  #open(): WebSocket {
+    const protocols = this.#apiKey === null ? [PROTOCOL] : [PROTOCOL, KEY_PROTOCOL + this.#apiKey];
+    try {
+      return new WebSocket(this.#url, protocols);
+    } catch {
+      // A key may hold characters that a subprotocol may not.
+      throw new NeverOpened("the key cannot be offered as a subprotocol");
+    }
   }
 
   #release(socket: WebSocket, reusable: boolean): void {

@@ -103,6 +103,7 @@ export class Chat {
     touched: (thread) => {
       this.#edit(thread.id, { updatedAt: Date.now() });
     },
+    shaken: () => void this.check(),
     failed: (problem, what) => {
       if (what !== undefined) this.notice = named(problem, what);
       if (problem.kind === "key") this.needsKey = true;

@@ -22,6 +22,8 @@ export interface ThreadEvents {
   created(thread: Thread, question: string): void;
   /** Something was said in it. */
   touched(thread: Thread): void;
+  /** A stream broke: the server may be away. */
+  shaken(): void;
   /** A call failed; `what` says which, where the thread itself does not show it. */
   failed(problem: Problem, what?: string): void;
 }
@@ -130,6 +132,7 @@ export class Thread {
     });
     let known = responseId;
     let item: string | null = null;
+    let resumed = 0;
     const run = new TurnRun(this.#client, CLOCK, (state) => {
       if (state.responseId !== known && this.id !== null) {
         known = state.responseId;
@@ -138,6 +141,10 @@ export class Thread {
       if (state.itemId !== null && state.itemId !== item) {
         item = state.itemId;
         this.messages = withoutStored(this.messages, item);
+      }
+      if (state.resumed > resumed) {
+        resumed = state.resumed;
+        this.#events.shaken();
       }
       frames.push(state);
     }, responseId);
