@@ -190,7 +190,10 @@ class _Surroundings:
         except web.HTTPException as error:
             if error.status < 400:
                 raise
-            return _error_response(_translated(http, error))
+            refused = _translated(http, error)
+            if (allowed := error.headers.get("Allow")) is not None:
+                refused.headers["Allow"] = allowed
+            return _error_response(refused)
         except Exception as error:
             # Without the error's message: it may quote a prompt.
             place = "".join(traceback.format_tb(error.__traceback__))
