@@ -13,7 +13,6 @@ import datetime
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,7 +141,6 @@ def main(argv: list[str] | None = None) -> int:
     _keep_freed_memory()
     try:
         recipe = load_recipe(args.recipe)
-        began = time.monotonic()
         trainer, encoder, source = _train(args, recipe)
         losses = evaluate(
             trainer.model,
@@ -155,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     except (DataError, RecipeError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_report(args.out / "report.json", trainer, losses, answers, time.monotonic() - began)
+    write_report(args.out / "report.json", trainer, losses, answers)
     print(f"done: {trainer.num_steps} steps, {trainer.num_tokens} tokens; see {args.out}")
     return 0
 

@@ -129,7 +129,6 @@ def write_report(
     trainer: Trainer,
     losses: dict[str, HeldOut],
     answers: list[Answer],
-    wall_s: float,
 ) -> None:
     """Writes what the run used and what came out as JSON, the source of the model card."""
     document: dict[str, Any] = {
@@ -137,7 +136,6 @@ def write_report(
         "num_steps": trainer.num_steps,
         "num_tokens": trainer.num_tokens,
         "train_s": round(trainer.train_s),
-        "wall_s": round(wall_s),
         "heldout": {
             source: {
                 "num_targets": result.num_targets,
