@@ -26,6 +26,8 @@ $(VENV)/bin/python:
 $(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check torch -c constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -e . -c constraints.txt
+	@# Compiled now, so that the first start does not wait for it.
+	$(BIN)/python -m kernels.cpu
 	@touch $@
 
 $(DEV): $(STAMP)
@@ -48,7 +50,7 @@ page: web/dist/index.html
 
 .PHONY: page-if-possible
 page-if-possible:
-	@if command -v npm >/dev/null && node -e 'process.exit(+process.versions.node.split(".")[0] < 20)'; then \
+	@if command -v npm >/dev/null && node -e 'process.exit(parseInt(process.versions.node) >= 20 ? 0 : 1)'; then \
 		$(MAKE) --no-print-directory page; \
 	else \
 		echo "No Node.js 20 or newer here: the API works, the chat page is not built. Install Node.js, then: make page"; \
