@@ -16,7 +16,7 @@ help:
 	@echo "make check    ruff, strict mypy, import layers"
 	@echo "make setup    only the set-up: .venv with the command .venv/bin/millrace"
 	@echo "make page     build the chat page (Node.js 20 or newer)"
-	@echo "make bench    the benchmark tables (quiet machine; BENCH=engine|serve|kernels for one)"
+	@echo "make bench    the benchmark tables (quiet machine; BENCH=engine|serve for one)"
 	@echo "make pebble   train the bundled model anew (DATA=folder of packed text, MINUTES=90)"
 
 $(VENV)/bin/python:
@@ -72,7 +72,7 @@ check: $(DEV)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-BENCH ?= kernels engine serve
+BENCH ?= engine serve
 bench: $(DEV)
 	@for table in $(BENCH); do $(BIN)/python -m tests.bench.$$table || exit 1; done
 
