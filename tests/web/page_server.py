@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from aiohttp import web
-from server.app import build_app
 
 from engine import Request
+from server.app import build_app
 from server.settings import ServerSettings
 from server.store import Store
 from tests.server.scripted import START, Script, ScriptedEngine, byte_tokenizer, say

@@ -58,7 +58,7 @@ def empty(page: Page, shot: Callable[[str], None]) -> None:
 def conversation(page: Page, shot: Callable[[str], None]) -> None:
     talk(page)
     shot("chat")
-    page.get_by_label("Message", exact=True).fill("Tell me about a long slow river, please.")
+    page.get_by_label("Message", exact=True).fill("Tell me a long story about a river.")
     page.keyboard.press("Enter")
     page.locator(".body.live").wait_for(timeout=ANSWER_TIMEOUT_MS)
     shot("streaming")

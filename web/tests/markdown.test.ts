@@ -60,6 +60,20 @@ describe("MarkdownStream", () => {
     }
   });
 
+  it("does so for any mixture of blocks", () => {
+    const PIECES = ["text\n", "\n", "\tcode\n", "- a\n", "  b\n", "1. x\n", "> q\n", "```\n", "| a |\n|---|\n", "===\n", "  \n", "<b>\n", "[x]: /y\n", "é 你\r\n"];
+    let seed = 7;
+    const draw = (): number => (seed = (seed * 16807) % 2147483647);
+    for (let round = 0; round < 25; round++) {
+      const stream = new MarkdownStream();
+      let text = "";
+      for (let step = 0; step < 8; step++) {
+        text += PIECES[draw() % PIECES.length] ?? "";
+        expect(stream.render(text).map((block) => block.html).join("\n"), JSON.stringify(text)).toBe(html(text));
+      }
+    }
+  });
+
   it("follows a text that is replaced", () => {
     const stream = new MarkdownStream();
     stream.render("one\n\ntwo");

@@ -21,6 +21,9 @@ function escape(text: string): string {
   return text.replace(/[&<>"']/g, (char) => ESCAPES[char] ?? char);
 }
 
+/** Bounded, so that a line of brackets costs no more than its length. */
+const LINK_DEFINITION = /^ {0,3}\[[^\]\n]{1,999}\]:/m;
+
 const SAFE_LINK = /^(?:https?:|mailto:)/i;
 
 const SANITISE = {
@@ -36,6 +39,9 @@ const SANITISE = {
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
 };
+
+/** A wide table scrolls by itself, and by keyboard. */
+const TABLE_START = '<div class="table" role="region" aria-label="Table" tabindex="0">';
 
 function anchor(href: string, inner: string, title?: string | null): string {
   if (!SAFE_LINK.test(href)) return inner;
@@ -70,7 +76,6 @@ function createMarked(highlighter: Highlighter | null): Marked {
         return `<h${level}>${this.parser.parseInline(tokens)}</h${level}>\n`;
       },
     },
-    hooks: {},
   });
   return marked;
 }
@@ -116,7 +121,10 @@ export class MarkdownStream {
   }
 
   #html(token: Token): string {
-    const html = this.#marked.parser([token]).replaceAll("<table>", '<div class="table" role="region" aria-label="Table" tabindex="0"><table>').replaceAll("</table>", "</table></div>");
+    const html = this.#marked
+      .parser([token])
+      .replaceAll("<table>", `${TABLE_START}<table>`)
+      .replaceAll("</table>", "</table></div>");
     return DOMPurify.sanitize(html, SANITISE);
   }
 
@@ -127,7 +135,7 @@ export class MarkdownStream {
   #lex(text: string): Token[] {
     const { text: before, tokens: known } = this.#lexed;
     let tokens: Token[];
-    if (before !== "" && text.startsWith(before) && !/^ {0,3}\[[^\]]+\]:/m.test(text)) {
+    if (before !== "" && text.startsWith(before) && !LINK_DEFINITION.test(text)) {
       const kept = known.slice(0, known.findLastIndex((token) => token.type !== "space"));
       const offset = kept.reduce((sum, token) => sum + token.raw.length, 0);
       tokens = [...kept, ...this.#marked.lexer(text.slice(offset))];
