@@ -84,7 +84,9 @@ _UNSUPPORTED: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("response_format", "JSON cannot be guaranteed yet", ({"type": "text"},)),
     ("prompt_embeds", "prompts are text or token ids", ()),
 )
-KNOWN_FIELDS = _READ | SAMPLING_FIELDS | _IGNORED | {"best_of"} | {name for name, _, _ in _UNSUPPORTED}
+KNOWN_FIELDS = (
+    _READ | SAMPLING_FIELDS | _IGNORED | {"best_of"} | {name for name, _, _ in _UNSUPPORTED}
+)
 
 
 class CompletionRequest(NamedTuple):

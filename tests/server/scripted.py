@@ -1,8 +1,8 @@
 """A scripted engine and a small tokenizer: the server's tests need no model.
 
 ``ScriptedEngine`` has EngineClient's interface. Each request plays a ``Script``: by default the
-prompt's own ids, one a step, then the end token. ``ByteTokenizer`` has one token a byte, so any text
-can be scripted, and characters of several bytes come in several tokens.
+prompt's own ids, one a step, then the end token. ``ByteTokenizer`` has one token a byte, so any
+text can be scripted, and characters of several bytes come in several tokens.
 """
 
 from __future__ import annotations
@@ -155,6 +155,8 @@ class ScriptedEngine:
         self.running[request.request_id] = stream
         player = asyncio.create_task(self._play(request, stream, self._choose(request)))
         self._players[request.request_id] = player
+        # Not in the task itself: one that is cancelled before it begins never runs.
+        player.add_done_callback(lambda _: self._players.pop(request.request_id, None))
         return stream
 
     def abort(self, request_id: str) -> None:
@@ -207,14 +209,11 @@ class ScriptedEngine:
             player.cancel()
 
     async def _play(self, request: Request, stream: RequestStream, script: Script) -> None:
-        try:
-            with contextlib.suppress(asyncio.CancelledError):
-                async for delta in self._deltas(request, script):
-                    stream.push(delta)
-                    if delta.finish_reason is not None:
-                        self.running.pop(request.request_id, None)
-        finally:
-            self._players.pop(request.request_id, None)
+        with contextlib.suppress(asyncio.CancelledError):
+            async for delta in self._deltas(request, script):
+                stream.push(delta)
+                if delta.finish_reason is not None:
+                    self.running.pop(request.request_id, None)
 
     async def _deltas(self, request: Request, script: Script) -> AsyncIterator[Delta]:
         sent = 0

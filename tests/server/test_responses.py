@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any
-
-import pytest
-
-from server.state import TURNS
-from tests.server.scripted import Script, ScriptedEngine, say
+from tests.server.scripted import ScriptedEngine, say
 from tests.server.serving import read_events, serving
 
 BODY = {"model": "scripted", "input": "hi"}
