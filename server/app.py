@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-import traceback
 from collections.abc import AsyncIterator
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from engine import Tokenizer
+from server.crash import log_crash
 from server.errors import ApiError
 from server.guard.keys import KeyRing
 from server.guard.origins import Origins
@@ -30,6 +30,7 @@ from server.routes import (
     tokens,
 )
 from server.routes.bodies import json_response
+from server.sequence import Engine
 from server.sessions import Sessions
 from server.settings import ServerSettings
 from server.state import (
@@ -47,7 +48,7 @@ from server.state import (
 )
 from server.store import Store, StoreError
 from server.transports.websocket import KEY_PROTOCOL
-from server.turn import Engine, Turns
+from server.turns import Turns
 
 __all__ = ["build_app"]
 
@@ -195,9 +196,7 @@ class _Surroundings:
                 refused.headers["Allow"] = allowed
             return _error_response(refused)
         except Exception as error:
-            # Without the error's message: it may quote a prompt.
-            place = "".join(traceback.format_tb(error.__traceback__))
-            log.error("%s failed: %s\n%s", http[REQUEST_ID], type(error).__name__, place)
+            log_crash(log, http[REQUEST_ID], error)
             if http.writer.output_size > 0 and http.transport is not None:
                 # Half an answer is out; all that can still be said is that it ends here.
                 http.transport.abort()

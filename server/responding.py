@@ -10,7 +10,8 @@ from server.dialects.responses import ParsedResponse, to_turn
 from server.response_object import new_id
 from server.sessions import Sessions
 from server.store import StoreError
-from server.turn import Turn, Turns
+from server.turn import Turn
+from server.turns import Turns
 
 __all__ = ["Begun", "Items", "begin"]
 

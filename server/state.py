@@ -8,10 +8,11 @@ from engine import Tokenizer
 from server.guard.keys import KeyRing
 from server.journals import Journals
 from server.metering.metrics import Metrics
+from server.sequence import Engine
 from server.sessions import Sessions
 from server.settings import ServerSettings
 from server.store import Store
-from server.turn import Engine, Turns
+from server.turns import Turns
 
 __all__ = [
     "ENGINE",

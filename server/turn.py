@@ -10,27 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import traceback
 from collections.abc import AsyncIterator, Sequence
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
-from engine import (
-    Delta,
-    EngineClosed,
-    EngineDied,
-    EngineError,
-    EngineState,
-    EngineStats,
-    FinishReason,
-    ModelInfo,
-    Request,
-    RequestError,
-    RequestStream,
-    Tokenizer,
-)
-from server.choice import Choice, Phase, prompt_event
-from server.errors import ApiError
+from engine import Delta, EngineClosed, EngineDied, FinishReason, RequestError, Tokenizer
+from server.choice import Phase, prompt_event
+from server.crash import log_crash
 from server.events import (
     Event,
     ResponseCancelled,
@@ -40,75 +26,30 @@ from server.events import (
     ResponseInProgress,
 )
 from server.journal import Entry, Journal, JournalBroken, JournalState
-from server.journals import Journals
 from server.metering.metrics import Metrics
-from server.prompting import Prompter, draw_seed, resolve_sampling
+from server.prompting import draw_seed
 from server.request import TurnRequest
 from server.response_object import failed_event, new_id, response_object, usage_object
+from server.sequence import Engine, EngineSequence, make_sequences
 from server.store import StoreError
 
-__all__ = ["Engine", "Turn", "TurnKeeper", "Turns"]
+__all__ = ["Turn", "TurnHost"]
 
 log = logging.getLogger("millrace.turn")
 
-MAX_SEQUENCES = 256
-"""Most sequences (prompts times n) of one turn."""
 
+class TurnHost(Protocol):
+    """What a turn needs of whoever runs it."""
 
-class Engine(Protocol):
-    """What turns need of an EngineClient."""
+    engine: Engine
+    tokenizer: Tokenizer
+    metrics: Metrics
 
-    @property
-    def state(self) -> EngineState:
-        """Whether requests can be served now."""
+    async def keep_end(self, request: TurnRequest, response: dict[str, Any]) -> None:
+        """Store a turn's end if it is to be kept. Raises StoreError."""
 
-    @property
-    def info(self) -> ModelInfo:
-        """The loaded model."""
-
-    @property
-    def stats(self) -> EngineStats:
-        """The engine's latest figures."""
-
-    @property
-    def last_progress_s(self) -> float:
-        """``time.monotonic()`` of the engine's latest sign of life."""
-
-    def generate(self, request: Request) -> RequestStream:
-        """Submit a request and return its deltas."""
-
-    def abort(self, request_id: str) -> None:
-        """Ask for a request's end; its stream then ends with FinishReason.ABORT."""
-
-    async def close(self) -> None:
-        """End the engine."""
-
-
-class TurnKeeper(Protocol):
-    """Where turns that are to be kept are stored (see ``sessions``)."""
-
-    async def begin(self, request: TurnRequest, response: dict[str, Any]) -> None:
-        """Store a turn that begins."""
-
-    async def end(self, request: TurnRequest, response: dict[str, Any]) -> None:
-        """Store a turn's end, before its terminal event is shown."""
-
-
-class _Sequence:
-    """One choice with its engine request."""
-
-    def __init__(self, choice: Choice, prompt_ids: list[int], request: Request) -> None:
-        self.choice = choice
-        self.prompt_ids = prompt_ids
-        self.request = request
-        self.stream: RequestStream | None = None
-
-    def submit(self, engine: Engine) -> None:
-        self.stream = engine.generate(self.request)
-
-    async def leave(self) -> None:
-        if self.stream is not None:
-            await self.stream.aclose()
+    def forget(self, turn: Turn) -> None:
+        """Take an ended turn out of the registry."""
 
 
 class _Ending(NamedTuple):
@@ -131,17 +72,17 @@ class Turn:
     the served model's name.
     """
 
-    def __init__(self, turns: Turns, request: TurnRequest, arrived_s: float) -> None:
+    def __init__(self, host: TurnHost, request: TurnRequest, arrived_s: float) -> None:
         self.id = request.turn_id or new_id("resp")
         self.request = request
         self.created_at = int(time.time())
-        self.model = turns.engine.info.name
-        self._turns = turns
-        self._engine = turns.engine
-        self._tokenizer = turns.tokenizer
+        self.model = host.engine.info.name
+        self._host = host
+        self._engine = host.engine
+        self._tokenizer = host.tokenizer
         self._arrived_s = arrived_s
         self._journal: Journal
-        self._sequences: list[_Sequence] = []
+        self._sequences: list[EngineSequence] = []
         self._prompts_shown: list[asyncio.Event] = []
         self._state = _State.RUNNING
         self._cancelled = False
@@ -189,43 +130,31 @@ class Turn:
 
     # Beginning
 
-    def prepare(self, prompts: Sequence[list[int]], seed: int, *, seed_given: bool) -> None:
-        """Make the sequences. Nothing is submitted yet."""
-        request, info = self.request, self._engine.info
-        eos_ids = frozenset(info.eos_token_ids)
-        for prompt_ids in prompts:
-            for index in range(request.n):
-                number = len(self._sequences)
-                sampling = resolve_sampling(
-                    request,
-                    info,
-                    len(prompt_ids),
-                    # Equal prompts of one request get other answers, unless asked for by seed.
-                    seed + (index if seed_given else number),
-                    first_choice=index == 0,
-                )
-                engine_request = Request(
-                    request_id=f"{self.id}.{number}",
-                    prompt_ids=prompt_ids,
-                    sampling=sampling,
-                    priority=request.priority,
-                    cache_salt=request.owner,
-                )
-                choice = Choice(request, self._tokenizer, number, eos_ids)
-                self._sequences.append(_Sequence(choice, prompt_ids, engine_request))
+    def prepare(self, prompts: Sequence[list[int]]) -> None:
+        """Make the sequences. Nothing is submitted yet. Raises ApiError 400."""
+        request = self.request
+        seed = draw_seed() if request.sampling.seed is None else request.sampling.seed
+        self._sequences = make_sequences(
+            self.id,
+            request,
+            prompts,
+            tokenizer=self._tokenizer,
+            info=self._engine.info,
+            seed=seed,
+        )
         self._prompts_shown = [asyncio.Event() for _ in prompts]
         self.response = response_object(
             self.id, self.created_at, self.model, {**request.response_fields, "seed": seed}
         )
 
     async def submit(self) -> None:
-        """Hand the sequences to the engine. Raises ApiError 503; nothing is left running then."""
+        """Hand the sequences to the engine. Raises EngineError; nothing is left running then."""
         try:
             for sequence in self._sequences:
                 sequence.submit(self._engine)
-        except EngineError as error:
+        except BaseException:
             await self.leave()
-            raise _engine_unavailable(str(error)) from error
+            raise
 
     async def leave(self) -> None:
         """Abort what the engine still does for this turn."""
@@ -253,13 +182,13 @@ class Turn:
             log.warning("%s", error)
             self._count("failed")
         except Exception as error:
-            _log_crash(self.id, error)
+            log_crash(log, self.id, error)
             self._end_after_crash()
         finally:
             await self.leave()
             await self._journal.written()
             self._state = _State.ENDED
-            self._turns.forget(self)
+            self._host.forget(self)
 
     async def _serve(self) -> _Ending:
         """Take what the engine sends until all sequences are closed."""
@@ -294,11 +223,11 @@ class Turn:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
 
-    async def _pump(self, sequence: _Sequence) -> None:
+    async def _pump(self, sequence: EngineSequence) -> None:
         choice = sequence.choice
         shown = self._prompts_shown[choice.output_index // self.request.n]
         wait_for_prompt = self._shows_prompts and choice.output_index % self.request.n > 0
-        async for delta in _until_closed(sequence):
+        async for delta in sequence.deltas():
             if delta.finish_reason is FinishReason.ABORT and choice.phase is not Phase.CLOSED:
                 raise RequestError("the engine gave this request up")
             self._time(len(delta.token_ids))
@@ -319,7 +248,7 @@ class Turn:
         wants_logprobs = request.sampling.prompt_logprobs is not None
         return request.return_token_ids or request.echo or wants_logprobs
 
-    def _show_prompt(self, sequence: _Sequence, delta: Delta | None) -> None:
+    def _show_prompt(self, sequence: EngineSequence, delta: Delta | None) -> None:
         shown = self._prompts_shown[sequence.choice.output_index // self.request.n]
         if shown.is_set():
             return
@@ -337,7 +266,7 @@ class Turn:
         if not num_tokens:
             return
         now = time.monotonic()
-        metrics = self._turns.metrics
+        metrics = self._host.metrics
         if self._last_token_s is None:
             metrics.first_token(now - self._arrived_s)
         elif len(self._sequences) == 1:
@@ -354,7 +283,7 @@ class Turn:
         await self.leave()
         response = self._final(ending)
         try:
-            await self._turns.keep_end(self.request, response)
+            await self._host.keep_end(self.request, response)
         except StoreError as error:
             log.error("cannot store %s: %s", self.id, error)
             ending = _Ending("failed", ("store_unavailable", "The answer could not be stored."))
@@ -396,7 +325,7 @@ class Turn:
 
     def _count(self, status: str) -> None:
         prompt, cached, completion = self._usage()
-        self._turns.metrics.turn_ended(
+        self._host.metrics.turn_ended(
             dialect=self.request.dialect,
             status=status,
             prompt_tokens=prompt,
@@ -404,17 +333,6 @@ class Turn:
             completion_tokens=completion,
             duration_s=time.monotonic() - self._arrived_s,
         )
-
-
-async def _until_closed(sequence: _Sequence) -> AsyncIterator[Delta]:
-    """Yield what the engine sends; how it ends no longer matters once the choice is closed."""
-    assert sequence.stream is not None
-    try:
-        async for delta in sequence.stream:
-            yield delta
-    except EngineError:
-        if sequence.choice.phase is not Phase.CLOSED:
-            raise
 
 
 def _terminal(ending: _Ending, response: dict[str, Any]) -> Event:
@@ -426,172 +344,3 @@ def _terminal(ending: _Ending, response: dict[str, Any]) -> Event:
         "cancelled": ResponseCancelled,
     }
     return kinds[ending.status](response=response)
-
-
-def _engine_unavailable(reason: str) -> ApiError:
-    return ApiError(
-        503,
-        f"The model cannot be reached now: {reason}.",
-        kind="server_error",
-        code="engine_unavailable",
-        retry_after_s=5,
-    )
-
-
-def _log_crash(turn_id: str, error: Exception) -> None:
-    # The message of an exception may quote a prompt; its type and place do not.
-    place = "".join(traceback.format_tb(error.__traceback__))
-    log.error("%s failed by a fault of the server: %s\n%s", turn_id, type(error).__name__, place)
-
-
-class Turns:
-    """Starts turns and knows those that run."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        journals: Journals,
-        keeper: TurnKeeper,
-        metrics: Metrics,
-        *,
-        max_live: int = 1024,
-        retention_s: int = 30 * 24 * 3600,
-        unstored_retention_s: int = 600,
-    ) -> None:
-        self.engine = engine
-        self.tokenizer = tokenizer
-        self.metrics = metrics
-        self.draining = False
-        """No new turns are taken; those that run may end."""
-        self._journals = journals
-        self._keeper = keeper
-        self._prompter = Prompter(tokenizer)
-        self._max_live = max_live
-        self._retention_s = retention_s
-        self._unstored_retention_s = unstored_retention_s
-        self._turns: dict[str, Turn] = {}
-        self._starting = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    @property
-    def live(self) -> int:
-        """Number of turns that run."""
-        return len(self._turns)
-
-    def get(self, turn_id: str) -> Turn | None:
-        """Return a turn that runs in this process."""
-        return self._turns.get(turn_id)
-
-    async def start(self, request: TurnRequest) -> Turn:
-        """Start a turn.
-
-        Raises ApiError (400, 429, 503) when it cannot be served; nothing was started then.
-        """
-        arrived_s = time.monotonic()
-        self._admit()
-        self._starting += 1
-        try:
-            return await self._start(request, arrived_s)
-        finally:
-            self._starting -= 1
-
-    def _admit(self) -> None:
-        if self.draining:
-            raise ApiError(
-                503,
-                "The server is shutting down.",
-                kind="server_error",
-                code="server_draining",
-                retry_after_s=5,
-            )
-        if len(self._turns) + self._starting >= self._max_live:
-            raise ApiError(
-                429,
-                f"The server is busy with {self._max_live} requests; try again soon.",
-                kind="rate_limit_error",
-                code="server_busy",
-                retry_after_s=2,
-            )
-        if self.engine.state is not EngineState.READY:
-            raise _engine_unavailable(f"the engine is {self.engine.state.value}")
-
-    async def _start(self, request: TurnRequest, arrived_s: float) -> Turn:
-        num_sequences = request.n * (1 if request.prompts is None else len(request.prompts))
-        if num_sequences > MAX_SEQUENCES:
-            raise ApiError(
-                400,
-                f"The request asks for {num_sequences} answers (prompts times n); at most "
-                f"{MAX_SEQUENCES} are allowed.",
-                param="n",
-            )
-        prompts = await self._prompter.encode(request, self.engine.info)
-        seed = request.sampling.seed
-        turn = Turn(self, request, arrived_s)
-        turn.prepare(prompts, draw_seed() if seed is None else seed, seed_given=seed is not None)
-        await turn.submit()
-        try:
-            await self._keep_begin(request, turn)
-            if self.draining:
-                self._admit()
-        except BaseException:
-            await turn.leave()
-            raise
-        keep_s = self._retention_s if request.store else self._unstored_retention_s
-        journal = self._journals.open(turn.id, keep_s=keep_s, failure=turn.failure)
-        self._turns[turn.id] = turn
-        self._idle.clear()
-        self.metrics.turn_started(request.dialect)
-        turn.begin(journal)
-        return turn
-
-    async def _keep_begin(self, request: TurnRequest, turn: Turn) -> None:
-        if not _kept(request):
-            return
-        try:
-            await self._keeper.begin(request, turn.response)
-        except StoreError as error:
-            raise ApiError(
-                503,
-                "The server cannot store the response now.",
-                kind="server_error",
-                code="store_unavailable",
-                retry_after_s=5,
-            ) from error
-
-    async def keep_end(self, request: TurnRequest, response: dict[str, Any]) -> None:
-        """Store a turn's end if it is to be kept."""
-        if _kept(request):
-            await self._keeper.end(request, response)
-
-    def forget(self, turn: Turn) -> None:
-        """Take an ended turn out of the registry."""
-        self._turns.pop(turn.id, None)
-        journal = self._journals.live(turn.id)
-        if journal is not None:
-            self._journals.release(journal)
-        if not self._turns:
-            self._idle.set()
-
-    async def until_idle(self) -> None:
-        """Wait until no turn runs."""
-        await self._idle.wait()
-
-    async def drain(self, patience_s: float) -> None:
-        """Take no new turns, wait for those that run, and cancel what runs after ``patience_s``."""
-        self.draining = True
-        try:
-            async with asyncio.timeout(patience_s):
-                await self._idle.wait()
-        except TimeoutError:
-            log.warning("cancelling %d turns that still run", len(self._turns))
-        await asyncio.gather(*(turn.cancel() for turn in list(self._turns.values())))
-
-    def close(self) -> None:
-        """Release the encoder's threads."""
-        self._prompter.close()
-
-
-def _kept(request: TurnRequest) -> bool:
-    return request.store or request.conversation_id is not None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import traceback
 from collections import OrderedDict
 from typing import Any, cast
 
@@ -21,6 +20,7 @@ import orjson
 from aiohttp import WSMsgType, web
 
 from engine import ModelInfo
+from server.crash import log_crash
 from server.dialects import responses as dialect
 from server.dialects.fields import Fields, load_json, show
 from server.errors import ApiError, invalid
@@ -183,9 +183,7 @@ class _Connection:
             except ConnectionResetError:
                 break
             except Exception as error:
-                # Without the message: it may quote the request.
-                place = "".join(traceback.format_tb(error.__traceback__))
-                log.error("a lane failed: %s\n%s", type(error).__name__, place)
+                log_crash(log, "a WebSocket's lane", error)
                 await self.send_error(_failed(), stream_id)
         del self._lanes[stream_id]
 

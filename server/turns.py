@@ -1,0 +1,200 @@
+"""All turns of this process: admission, start, registry, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any, Protocol
+
+from engine import EngineError, EngineState, Tokenizer
+from server.errors import ApiError
+from server.journals import Journals
+from server.metering.metrics import Metrics
+from server.prompting import Prompter
+from server.request import TurnRequest
+from server.sequence import Engine
+from server.store import StoreError
+from server.turn import Turn
+
+__all__ = ["TurnKeeper", "Turns"]
+
+log = logging.getLogger("millrace.turn")
+
+MAX_SEQUENCES = 256
+"""Most sequences (prompts times n) of one turn."""
+
+
+class TurnKeeper(Protocol):
+    """Where turns that are to be kept are stored (see ``sessions``)."""
+
+    async def begin(self, request: TurnRequest, response: dict[str, Any]) -> None:
+        """Store a turn that begins."""
+
+    async def end(self, request: TurnRequest, response: dict[str, Any]) -> None:
+        """Store a turn's end, before its terminal event is shown."""
+
+
+class Turns:
+    """Starts turns and knows those that run."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        journals: Journals,
+        keeper: TurnKeeper,
+        metrics: Metrics,
+        *,
+        max_live: int = 1024,
+        retention_s: int = 30 * 24 * 3600,
+        unstored_retention_s: int = 600,
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.metrics = metrics
+        self.draining = False
+        """No new turns are taken; those that run may end."""
+        self._journals = journals
+        self._keeper = keeper
+        self._prompter = Prompter(tokenizer)
+        self._max_live = max_live
+        self._retention_s = retention_s
+        self._unstored_retention_s = unstored_retention_s
+        self._turns: dict[str, Turn] = {}
+        self._starting = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def live(self) -> int:
+        """Number of turns that run."""
+        return len(self._turns)
+
+    def get(self, turn_id: str) -> Turn | None:
+        """Return a turn that runs in this process."""
+        return self._turns.get(turn_id)
+
+    async def start(self, request: TurnRequest) -> Turn:
+        """Start a turn.
+
+        Raises ApiError (400, 429, 503) when it cannot be served; nothing was started then.
+        """
+        arrived_s = time.monotonic()
+        self._admit()
+        self._starting += 1
+        try:
+            return await self._start(request, arrived_s)
+        finally:
+            self._starting -= 1
+
+    def _admit(self) -> None:
+        if self.draining:
+            raise ApiError(
+                503,
+                "The server is shutting down.",
+                kind="server_error",
+                code="server_draining",
+                retry_after_s=5,
+            )
+        if len(self._turns) + self._starting >= self._max_live:
+            raise ApiError(
+                429,
+                f"The server is busy with {self._max_live} requests; try again soon.",
+                kind="rate_limit_error",
+                code="server_busy",
+                retry_after_s=2,
+            )
+        if self.engine.state is not EngineState.READY:
+            raise _engine_unavailable(f"the engine is {self.engine.state.value}")
+
+    async def _start(self, request: TurnRequest, arrived_s: float) -> Turn:
+        num_sequences = request.n * (1 if request.prompts is None else len(request.prompts))
+        if num_sequences > MAX_SEQUENCES:
+            raise ApiError(
+                400,
+                f"The request asks for {num_sequences} answers (prompts times n); at most "
+                f"{MAX_SEQUENCES} are allowed.",
+                param="n",
+            )
+        prompts = await self._prompter.encode(request, self.engine.info)
+        turn = Turn(self, request, arrived_s)
+        turn.prepare(prompts)
+        try:
+            await turn.submit()
+        except EngineError as error:
+            raise _engine_unavailable(str(error)) from error
+        try:
+            await self._keep_begin(request, turn)
+            if self.draining:
+                self._admit()
+        except BaseException:
+            await turn.leave()
+            raise
+        keep_s = self._retention_s if request.store else self._unstored_retention_s
+        journal = self._journals.open(turn.id, keep_s=keep_s, failure=turn.failure)
+        self._turns[turn.id] = turn
+        self._idle.clear()
+        self.metrics.turn_started(request.dialect)
+        turn.begin(journal)
+        return turn
+
+    async def _keep_begin(self, request: TurnRequest, turn: Turn) -> None:
+        if not _kept(request):
+            return
+        try:
+            await self._keeper.begin(request, turn.response)
+        except StoreError as error:
+            raise ApiError(
+                503,
+                "The server cannot store the response now.",
+                kind="server_error",
+                code="store_unavailable",
+                retry_after_s=5,
+            ) from error
+
+    async def keep_end(self, request: TurnRequest, response: dict[str, Any]) -> None:
+        """Store a turn's end if it is to be kept."""
+        if _kept(request):
+            await self._keeper.end(request, response)
+
+    def forget(self, turn: Turn) -> None:
+        """Take an ended turn out of the registry."""
+        self._turns.pop(turn.id, None)
+        journal = self._journals.live(turn.id)
+        if journal is not None:
+            self._journals.release(journal)
+        if not self._turns:
+            self._idle.set()
+
+    async def until_idle(self) -> None:
+        """Wait until no turn runs."""
+        await self._idle.wait()
+
+    async def drain(self, patience_s: float) -> None:
+        """Take no new turns, wait for those that run, and cancel what runs after ``patience_s``."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._idle.wait()
+        except TimeoutError:
+            log.warning("cancelling %d turns that still run", len(self._turns))
+        await asyncio.gather(*(turn.cancel() for turn in list(self._turns.values())))
+
+    def close(self) -> None:
+        """Release the encoder's threads."""
+        self._prompter.close()
+
+
+def _kept(request: TurnRequest) -> bool:
+    return request.store or request.conversation_id is not None
+
+
+def _engine_unavailable(reason: str) -> ApiError:
+    return ApiError(
+        503,
+        f"The model cannot be reached now: {reason}.",
+        kind="server_error",
+        code="engine_unavailable",
+        retry_after_s=5,
+    )
