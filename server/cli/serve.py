@@ -201,10 +201,15 @@ class _Server:
         from aiohttp import web
 
         from server.app import build_app
+        from server.guard.noise import http_logger
 
         app = build_app(self._settings, parts.engine, parts.tokenizer, parts.store)
         runner = web.AppRunner(
-            app, access_log=None, handler_cancellation=True, shutdown_timeout=_CLOSE_S
+            app,
+            access_log=None,
+            handler_cancellation=True,
+            logger=http_logger(),
+            shutdown_timeout=_CLOSE_S,
         )
         await runner.setup()
         stack.push_async_callback(runner.cleanup)

@@ -66,6 +66,7 @@ _READ = frozenset(
         "model",
         "prompt",
         "n",
+        "best_of",
         "echo",
         "stream",
         "stream_options",
