@@ -49,7 +49,7 @@ async def begin(
     elif previous_id is not None:
         previous_ids, history = await sessions.history(previous_id, owner)
     elif conversation_id is not None:
-        history = await sessions.claim(
+        history = await sessions.conversations.claim(
             conversation_id, owner, turn_id, num_new=len(parsed.input_items) + 1
         )
     request = to_turn(
@@ -65,6 +65,6 @@ async def begin(
     except BaseException:
         if conversation_id is not None:
             with contextlib.suppress(StoreError):
-                await sessions.release(conversation_id, turn_id)
+                await sessions.conversations.release(conversation_id, turn_id)
         raise
     return Begun(turn, [*history, *parsed.input_items])

@@ -8,9 +8,11 @@ store has not lost its history.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import shutil
+from collections.abc import Iterator
 from enum import Enum
 
 from redis.asyncio import Redis
@@ -20,7 +22,7 @@ from redis.retry import Retry
 
 from server.redis_child import RedisChild, RedisChildError
 
-__all__ = ["Store", "StoreError", "StoreKind"]
+__all__ = ["Store", "StoreError", "StoreKind", "reaching"]
 
 log = logging.getLogger("millrace.store")
 
@@ -141,6 +143,15 @@ class Store:
         if self._child is not None:
             await self._child.close()
             self._child = None
+
+
+@contextlib.contextmanager
+def reaching() -> Iterator[None]:
+    """Turn what redis-py raises into a StoreError."""
+    try:
+        yield
+    except (RedisError, OSError) as error:
+        raise StoreError(f"the store does not answer: {error}") from error
 
 
 def _client(url: str) -> Redis:

@@ -22,6 +22,7 @@ from server.events import (
     ResponseCancelled,
     ResponseCompleted,
     ResponseCreated,
+    ResponseFailed,
     ResponseIncomplete,
     ResponseInProgress,
 )
@@ -87,6 +88,7 @@ class Turn:
         self._state = _State.RUNNING
         self._cancelled = False
         self._begun = False
+        self._counted = False
         self._task: asyncio.Task[None] | None = None
         self._last_token_s: float | None = None
         self.response: dict[str, Any] = {}
@@ -180,10 +182,10 @@ class Turn:
             await self._end(ending)
         except JournalBroken as error:
             log.warning("%s", error)
-            self._count("failed")
+            await self._end_badly("store_unavailable", "The event store failed.")
         except Exception as error:
             log_crash(log, self.id, error)
-            self._end_after_crash()
+            await self._end_badly("server_error", "The server failed; see its log.")
         finally:
             await self.leave()
             await self._journal.written()
@@ -313,17 +315,25 @@ class Turn:
         completion = sum(sequence.choice.num_tokens for sequence in self._sequences)
         return prompt, cached, completion
 
-    def _end_after_crash(self) -> None:
-        """The task failed by a fault of ours: whoever follows still gets a terminal event."""
+    async def _end_badly(self, code: str, message: str) -> None:
+        """End a turn that a fault stopped: whoever follows it still gets a terminal event."""
         self._count("failed")
+        event = self.failure(code, message)
+        try:
+            await self._host.keep_end(self.request, event.response)
+        except Exception as error:
+            log_crash(log, self.id, error)
         if self._journal.state is JournalState.OPEN:
-            self._journal.append(self.failure("server_error", "The server failed; see its log."))
+            self._journal.append(event)
 
-    def failure(self, code: str, message: str) -> Any:
+    def failure(self, code: str, message: str) -> ResponseFailed:
         """Return the terminal event that ends this turn with an error."""
         return failed_event(self.response, code, message)
 
     def _count(self, status: str) -> None:
+        if self._counted:
+            return
+        self._counted = True
         prompt, cached, completion = self._usage()
         self._host.metrics.turn_ended(
             dialect=self.request.dialect,

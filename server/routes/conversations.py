@@ -23,13 +23,13 @@ async def create(http: web.Request) -> web.Response:
     fields.refuse_unknown(("metadata", "items"))
     metadata = read_metadata(fields)
     items = _new_items(fields) if fields.raw("items") else []
-    record = await http.app[SESSIONS].create(http[OWNER], metadata, items)
+    record = await http.app[SESSIONS].conversations.create(http[OWNER], metadata, items)
     return json_response(record.body())
 
 
 async def retrieve(http: web.Request) -> web.Response:
     """Return a conversation without its items."""
-    record = await http.app[SESSIONS].conversation(http.match_info["id"], http[OWNER])
+    record = await http.app[SESSIONS].conversations.get(http.match_info["id"], http[OWNER])
     return json_response(record.body())
 
 
@@ -38,7 +38,7 @@ async def update(http: web.Request) -> web.Response:
     fields = Fields(await read_json(http))
     fields.refuse_unknown(("metadata",))
     fields.required("metadata")
-    record = await http.app[SESSIONS].update(
+    record = await http.app[SESSIONS].conversations.update(
         http.match_info["id"], http[OWNER], read_metadata(fields)
     )
     return json_response(record.body())
@@ -47,13 +47,13 @@ async def update(http: web.Request) -> web.Response:
 async def delete(http: web.Request) -> web.Response:
     """Delete a conversation with its items."""
     conversation_id = http.match_info["id"]
-    await http.app[SESSIONS].delete(conversation_id, http[OWNER])
+    await http.app[SESSIONS].conversations.delete(conversation_id, http[OWNER])
     return json_response({"id": conversation_id, "object": "conversation.deleted", "deleted": True})
 
 
 async def list_items(http: web.Request) -> web.Response:
     """List items: ``after``, ``limit``, ``order``."""
-    items = await http.app[SESSIONS].items(http.match_info["id"], http[OWNER])
+    items = await http.app[SESSIONS].conversations.items(http.match_info["id"], http[OWNER])
     return json_response(cut_page(http, items))
 
 
@@ -63,7 +63,7 @@ async def add_items(http: web.Request) -> web.Response:
     fields.refuse_unknown(("items",))
     fields.required("items")
     items = _new_items(fields)
-    await http.app[SESSIONS].add_items(http.match_info["id"], http[OWNER], items)
+    await http.app[SESSIONS].conversations.add_items(http.match_info["id"], http[OWNER], items)
     return json_response(
         {
             "object": "list",
@@ -77,7 +77,7 @@ async def add_items(http: web.Request) -> web.Response:
 
 async def retrieve_item(http: web.Request) -> web.Response:
     """Return one item."""
-    item = await http.app[SESSIONS].item(
+    item = await http.app[SESSIONS].conversations.item(
         http.match_info["id"], http.match_info["item"], http[OWNER]
     )
     return json_response(item)
@@ -85,9 +85,9 @@ async def retrieve_item(http: web.Request) -> web.Response:
 
 async def delete_item(http: web.Request) -> web.Response:
     """Delete one item and return the conversation."""
-    sessions, conversation_id = http.app[SESSIONS], http.match_info["id"]
-    await sessions.delete_item(conversation_id, http.match_info["item"], http[OWNER])
-    record = await sessions.conversation(conversation_id, http[OWNER])
+    conversations, conversation_id = http.app[SESSIONS].conversations, http.match_info["id"]
+    await conversations.delete_item(conversation_id, http.match_info["item"], http[OWNER])
+    record = await conversations.get(conversation_id, http[OWNER])
     return json_response(record.body())
 
 

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from server.dialects.fields import show
 from server.errors import ApiError, invalid
-from server.sessions import page_of
+from server.paging import page_of
 
 __all__ = ["cut_page", "query_flag", "query_integer"]
 
