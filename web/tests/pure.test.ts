@@ -103,14 +103,22 @@ describe("settings", () => {
 
 describe("stats", () => {
   it("measure the first token apart from the rate of the rest", () => {
-    const turn = { ...newTurn(1000), firstTextAt: 1250, lastTextAt: 3250, usage: { input_tokens: 1, output_tokens: 101 } };
-    expect(measure(turn)).toEqual({ ttft_s: 0.25, tokensPerSecond: 50, outputTokens: 101 });
+    const usage = { input_tokens: 1, output_tokens: 100 };
+    const turn = { ...newTurn(1000), text: "x".repeat(200), firstTextLength: 20, firstTextAt: 1250, lastTextAt: 3250, usage };
+    expect(measure(turn)).toEqual({ ttft_s: 0.25, tokensPerSecond: 45, outputTokens: 100 });
   });
 
   it("claim nothing they did not see", () => {
     expect(measure(newTurn(null))).toEqual({ ttft_s: null, tokensPerSecond: null, outputTokens: null });
-    const single = { ...newTurn(0), firstTextAt: 5, lastTextAt: 5, usage: { input_tokens: 1, output_tokens: 1 } };
-    expect(measure(single).tokensPerSecond).toBeNull();
+    const resumed = { ...newTurn(null), text: "x", usage: { input_tokens: 1, output_tokens: 20 } };
+    expect(measure(resumed).tokensPerSecond).toBeNull();
+  });
+
+  it("give no absurd rate for an answer that came at once", () => {
+    const usage = { input_tokens: 1, output_tokens: 20 };
+    const burst = { ...newTurn(0), text: "all at once", firstTextLength: 11, firstTextAt: 200, lastTextAt: 200, usage };
+    expect(measure(burst).tokensPerSecond).toBe(100);
+    expect(measure({ ...burst, firstTextLength: 3, lastTextAt: 201 }).tokensPerSecond).toBeCloseTo(99.5);
   });
 
   it("read well", () => {

@@ -87,6 +87,14 @@ describe("phases", () => {
     expect(isEnded(done.phase)).toBe(true);
   });
 
+  it("tells text that came in one burst from text that was written over time", () => {
+    const events = answerEvents(["one ", "two ", "three"]);
+    const at = (times: readonly number[]): TurnState =>
+      events.slice(0, 7).reduce((state, event, index) => advance(state, event, times[index - 4] ?? 0)[0], newTurn(0));
+    expect(at([100, 105, 110])).toMatchObject({ firstTextAt: 100, lastTextAt: 110, firstTextLength: 13 });
+    expect(at([100, 150, 200])).toMatchObject({ firstTextAt: 100, lastTextAt: 200, firstTextLength: 4 });
+  });
+
   it("does not time what it did not see", () => {
     const followed = play(answerEvents(["a", "b"]), newTurn(null, "resp_1"));
     expect([followed.firstTextAt, followed.lastTextAt]).toEqual([null, null]);

@@ -10,16 +10,27 @@ export interface Stats {
   outputTokens: number | null;
 }
 
+/** A rate over less time than this would say more about the connection than about the model. */
+const MIN_SPAN_S = 0.05;
+
 export function measure(turn: TurnState): Stats {
-  const { sentAt, firstTextAt, lastTextAt, usage } = turn;
-  const outputTokens = usage?.output_tokens ?? null;
-  const span_s = firstTextAt !== null && lastTextAt !== null ? (lastTextAt - firstTextAt) / 1000 : 0;
+  const { sentAt, firstTextAt, usage } = turn;
   return {
     ttft_s: sentAt !== null && firstTextAt !== null ? (firstTextAt - sentAt) / 1000 : null,
-    // The first token's time is in ttft_s; the rate is of those that follow it.
-    tokensPerSecond: outputTokens !== null && outputTokens > 1 && span_s > 0 ? (outputTokens - 1) / span_s : null,
-    outputTokens,
+    tokensPerSecond: rate(turn),
+    outputTokens: usage?.output_tokens ?? null,
   };
+}
+
+/**
+ * The rate of what came after the first text, whose own time is in `ttft_s`. Where all came at
+ * once, it is the rate of the whole, the wait included: too low rather than absurd.
+ */
+function rate({ sentAt, firstTextAt, lastTextAt, firstTextLength, text, usage }: TurnState): number | null {
+  if (usage === null || sentAt === null || firstTextAt === null || lastTextAt === null) return null;
+  const span_s = (lastTextAt - firstTextAt) / 1000;
+  const later = usage.output_tokens * (1 - firstTextLength / Math.max(text.length, 1));
+  return span_s >= MIN_SPAN_S && later > 0 ? later / span_s : usage.output_tokens / ((lastTextAt - sentAt) / 1000);
 }
 
 export function formatSeconds(seconds: number): string {

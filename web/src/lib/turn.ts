@@ -33,7 +33,12 @@ export interface TurnState {
   readonly sentAt: number | null;
   readonly firstTextAt: number | null;
   readonly lastTextAt: number | null;
+  /** Characters that came with the first text: a server or a browser under load merges tokens. */
+  readonly firstTextLength: number;
 }
+
+/** What arrives within this time of the first text counts as having come with it. */
+const BURST_MS = 10;
 
 /** What `advance` made of an event: a `gap` must be filled by resuming after `lastSequence`. */
 export type Verdict = "applied" | "duplicate" | "gap";
@@ -61,6 +66,7 @@ export function newTurn(now: number | null, responseId: string | null = null): T
     sentAt: now,
     firstTextAt: null,
     lastTextAt: null,
+    firstTextLength: 0,
   };
 }
 
@@ -94,14 +100,8 @@ function apply(state: TurnState, event: TurnEvent, now: number): TurnState {
       return { ...state, itemId: event.item?.id ?? state.itemId };
     case "response.output_text.delta": {
       const delta = event.delta ?? "";
-      const timed = delta !== "" && state.sentAt !== null;
-      return {
-        ...state,
-        phase: "streaming",
-        text: state.text + delta,
-        firstTextAt: timed ? (state.firstTextAt ?? now) : state.firstTextAt,
-        lastTextAt: timed ? now : state.lastTextAt,
-      };
+      const next: TurnState = { ...state, phase: "streaming", text: state.text + delta };
+      return delta === "" || state.sentAt === null ? next : timed(next, now);
     }
     case "response.output_text.done":
       return { ...state, text: event.text ?? state.text };
@@ -118,6 +118,12 @@ function apply(state: TurnState, event: TurnEvent, now: number): TurnState {
     default:
       return state;
   }
+}
+
+function timed(state: TurnState, now: number): TurnState {
+  const firstTextAt = state.firstTextAt ?? now;
+  const first = now - firstTextAt <= BURST_MS;
+  return { ...state, firstTextAt, lastTextAt: now, firstTextLength: first ? state.text.length : state.firstTextLength };
 }
 
 function finish(state: TurnState, phase: Phase, event: TurnEvent): TurnState {
@@ -152,7 +158,7 @@ export function breakOff(state: TurnState, problem: Problem): TurnState {
 /** The stream broke and is being picked up again. Times measured across the break mean nothing. */
 export function resume(state: TurnState): TurnState {
   if (isEnded(state.phase)) return state;
-  return { ...state, phase: "resuming", resumed: state.resumed + 1, sentAt: null, firstTextAt: null, lastTextAt: null };
+  return { ...state, phase: "resuming", resumed: state.resumed + 1, sentAt: null, firstTextAt: null, lastTextAt: null, firstTextLength: 0 };
 }
 
 export function stop(state: TurnState): TurnState {
