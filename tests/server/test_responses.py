@@ -154,7 +154,8 @@ async def test_cancel_is_idempotent() -> None:
         for _ in range(2):
             status, body = await server.post(path, None)
             assert (status, body["status"]) == (200, "cancelled")
-        done = await answer_id(server) if hold.set() is None else ""
+        hold.set()
+        done = await answer_id(server)
         status, body = await server.post(f"/v1/responses/{done}/cancel", None)
         assert (status, body["status"]) == (200, "completed")
         assert (await server.post("/v1/responses/resp_0/cancel", None))[0] == 404
