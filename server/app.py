@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
+from weakref import WeakSet
 
-from aiohttp import web
+from aiohttp import WSCloseCode, web
 from aiohttp.typedefs import Handler, Middleware
 
 from engine import Tokenizer
@@ -42,6 +44,7 @@ from server.state import (
     REQUEST_ID,
     SESSIONS,
     SETTINGS,
+    SOCKETS,
     STORE,
     TOKENIZER,
     TURNS,
@@ -88,6 +91,7 @@ def build_app(
         await files.scan()
 
     app.on_startup.append(scan)
+    app.on_shutdown.append(_close_sockets)
     return app
 
 
@@ -110,6 +114,8 @@ def _assemble(
     app[METRICS] = metrics
     app[JOURNALS] = journals
     app[SESSIONS] = sessions
+    sockets: WeakSet[web.WebSocketResponse] = WeakSet()
+    app[SOCKETS] = sockets
     app[TURNS] = Turns(
         engine,
         tokenizer,
@@ -132,6 +138,15 @@ async def _run(app: web.Application) -> AsyncIterator[None]:
     app[TURNS].close()
     await app[JOURNALS].close()
     watch.stop()
+
+
+async def _close_sockets(app: web.Application) -> None:
+    await asyncio.gather(
+        *(
+            socket.close(code=WSCloseCode.GOING_AWAY, message=b"The server is shutting down.")
+            for socket in set(app[SOCKETS])
+        )
+    )
 
 
 def _is_api(path: str) -> bool:

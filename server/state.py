@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakSet
+
 from aiohttp import web
 
 from engine import Tokenizer
@@ -23,6 +25,7 @@ __all__ = [
     "REQUEST_ID",
     "SESSIONS",
     "SETTINGS",
+    "SOCKETS",
     "STORE",
     "TOKENIZER",
     "TURNS",
@@ -37,6 +40,9 @@ TURNS: web.AppKey[Turns] = web.AppKey("turns", Turns)
 METRICS: web.AppKey[Metrics] = web.AppKey("metrics", Metrics)
 SETTINGS: web.AppKey[ServerSettings] = web.AppKey("settings", ServerSettings)
 KEYS: web.AppKey[KeyRing] = web.AppKey("keys", KeyRing)
+
+SOCKETS: web.AppKey[WeakSet[web.WebSocketResponse]] = web.AppKey("sockets", WeakSet)
+"""The open WebSockets, to be closed when the server stops."""
 
 OWNER: web.RequestKey[str] = web.RequestKey("owner", str)
 """Who calls: the digest of the API key, or "" where none is needed. Set by the middleware."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import Any, Protocol
@@ -63,6 +64,7 @@ class Turns:
         self._unstored_retention_s = unstored_retention_s
         self._turns: dict[str, Turn] = {}
         self._starting = 0
+        self._abandoned: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -130,6 +132,7 @@ class Turns:
                 self._admit()
         except BaseException:
             await turn.leave()
+            self._abandon(request, turn)
             raise
         keep_s = self._retention_s if request.store else self._unstored_retention_s
         journal = self._journals.open(turn.id, keep_s=keep_s, failure=turn.failure)
@@ -152,6 +155,18 @@ class Turns:
                 code="store_unavailable",
                 retry_after_s=5,
             ) from error
+
+    def _abandon(self, request: TurnRequest, turn: Turn) -> None:
+        """End what may be stored of a turn that did not begin: its client left meanwhile."""
+
+        async def end() -> None:
+            failed = turn.failure("server_error", "The response was not begun.")
+            with contextlib.suppress(StoreError):
+                await self.keep_end(request, failed.response)
+
+        task = asyncio.create_task(end(), name=f"abandon-{turn.id}")
+        self._abandoned.add(task)
+        task.add_done_callback(self._abandoned.discard)
 
     async def keep_end(self, request: TurnRequest, response: dict[str, Any]) -> None:
         """Store a turn's end if it is to be kept."""
@@ -180,6 +195,7 @@ class Turns:
         except TimeoutError:
             log.warning("cancelling %d turns that still run", len(self._turns))
         await asyncio.gather(*(turn.cancel() for turn in list(self._turns.values())))
+        await asyncio.gather(*self._abandoned)
 
     def close(self) -> None:
         """Release the encoder's threads."""

@@ -26,7 +26,7 @@ from server.dialects.fields import Fields, load_json, show
 from server.errors import ApiError, invalid
 from server.journal import Entry
 from server.responding import Items, begin
-from server.state import ENGINE, OWNER, SESSIONS, SETTINGS, TURNS
+from server.state import ENGINE, OWNER, SESSIONS, SETTINGS, SOCKETS, TURNS
 from server.store import StoreError
 from server.turn import Turn
 
@@ -54,6 +54,7 @@ async def serve(http: web.Request) -> web.WebSocketResponse:
         compress=False,
     )
     await socket.prepare(http)
+    http.app[SOCKETS].add(socket)
     connection = _Connection(http, socket)
     try:
         async for message in socket:
@@ -63,6 +64,7 @@ async def serve(http: web.Request) -> web.WebSocketResponse:
                 error = invalid("Messages must be JSON texts, not binary.", code="invalid_message")
                 await connection.send_error(error, None)
     finally:
+        http.app[SOCKETS].discard(socket)
         await connection.close()
     return socket
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -288,6 +290,31 @@ async def test_store_that_stays_away_fails_the_turn(
     assert events[1].response["error"]["code"] == "store_unavailable"
     with pytest.raises(JournalError):
         journal.append(completed())
+
+
+@pytest.mark.skipif("child" not in KINDS, reason="no redis-server")
+async def test_redis_that_is_killed_costs_a_running_turn_nothing() -> None:
+    store = await Store.open()
+    journals = Journals(store)
+    await journals.start()
+    journal = open_journal(journals)
+    reader = asyncio.create_task(numbers(journal.follow()))
+    journal.append(created())
+    journal.append(delta("a"))
+    await journal.written()
+    assert store.child_pid is not None
+    os.kill(store.child_pid, signal.SIGKILL)
+    for _ in range(50):
+        journal.append(delta("b"))
+        await asyncio.sleep(0.005)
+    journal.append(completed())
+    await journal.written()
+    assert not journal.broken
+    journals.release(journal)
+    assert await reader == list(range(53))
+    assert await numbers(await journals.follow("t")) == list(range(53))
+    await journals.close()
+    await store.close()
 
 
 async def test_reader_ends_the_turn_of_a_dead_replica(store: Store) -> None:

@@ -440,6 +440,33 @@ async def test_store_that_refuses_the_answer(make: Any, monkeypatch: pytest.Monk
     assert caught.value.code == "store_unavailable"
 
 
+async def test_client_that_leaves_while_its_turn_begins(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = await make(say("ab", hold=asyncio.Event()))
+    conversation = (await bench.sessions.conversations.create("", {}, [])).conversation_id
+    await bench.sessions.conversations.claim(conversation, "", "resp_x", num_new=2)
+    real, stored = bench.sessions.begin, asyncio.Event()
+
+    async def slow(*arguments: Any) -> None:
+        await real(*arguments)
+        stored.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(bench.sessions, "begin", slow)
+    start = asyncio.create_task(
+        bench.start(store=True, turn_id="resp_x", conversation_id=conversation)
+    )
+    await stored.wait()
+    start.cancel()
+    await asyncio.gather(start, return_exceptions=True)
+    await bench.turns.drain(0)
+    record = await bench.sessions.response("resp_x", "")
+    assert record.response["status"] == "failed"
+    assert bench.engine.aborted
+    await bench.sessions.conversations.claim(conversation, "", "resp_y", num_new=2)
+
+
 async def test_fault_of_ours_still_ends_the_turn_and_tells_no_prompt(
     make: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

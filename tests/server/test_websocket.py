@@ -247,3 +247,14 @@ async def test_own_page_may_connect_with_a_key_as_subprotocol(tmp_path: Path) ->
             assert socket.protocol == "millrace"
             await socket.send_json(CREATE)
             assert text_of(await events_until_end(socket)) == "ok"
+
+
+async def test_server_that_stops_says_so() -> None:
+    async with serving() as server:
+        socket = await server.client.ws_connect("/v1/responses")
+        closing = asyncio.ensure_future(server.app.shutdown())
+        message = await socket.receive()
+        assert message.type is aiohttp.WSMsgType.CLOSE
+        assert message.data == aiohttp.WSCloseCode.GOING_AWAY
+        await closing
+        await socket.close()
