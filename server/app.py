@@ -7,7 +7,6 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
-from weakref import WeakSet
 
 from aiohttp import WSCloseCode, web
 from aiohttp.typedefs import Handler, Middleware
@@ -114,8 +113,7 @@ def _assemble(
     app[METRICS] = metrics
     app[JOURNALS] = journals
     app[SESSIONS] = sessions
-    sockets: WeakSet[web.WebSocketResponse] = WeakSet()
-    app[SOCKETS] = sockets
+    app[SOCKETS] = set()
     app[TURNS] = Turns(
         engine,
         tokenizer,
@@ -141,12 +139,12 @@ async def _run(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _close_sockets(app: web.Application) -> None:
-    await asyncio.gather(
-        *(
-            socket.close(code=WSCloseCode.GOING_AWAY, message=b"The server is shutting down.")
-            for socket in set(app[SOCKETS])
-        )
-    )
+    sockets = app[SOCKETS]
+    closes = [
+        socket.close(code=WSCloseCode.GOING_AWAY, message=b"The server is shutting down.")
+        for socket in sockets
+    ]
+    await asyncio.gather(*closes)
 
 
 def _is_api(path: str) -> bool:

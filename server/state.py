@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from weakref import WeakSet
-
 from aiohttp import web
 
 from engine import Tokenizer
@@ -41,7 +39,7 @@ METRICS: web.AppKey[Metrics] = web.AppKey("metrics", Metrics)
 SETTINGS: web.AppKey[ServerSettings] = web.AppKey("settings", ServerSettings)
 KEYS: web.AppKey[KeyRing] = web.AppKey("keys", KeyRing)
 
-SOCKETS: web.AppKey[WeakSet[web.WebSocketResponse]] = web.AppKey("sockets", WeakSet)
+SOCKETS: web.AppKey[set[web.WebSocketResponse]] = web.AppKey("sockets", set)
 """The open WebSockets, to be closed when the server stops."""
 
 OWNER: web.RequestKey[str] = web.RequestKey("owner", str)
