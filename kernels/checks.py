@@ -33,10 +33,10 @@ _I32 = torch.int32
 
 
 def _sizes(op: str, name: str, tensor: torch.Tensor, letters: str) -> torch.Size:
-    """The shape of ``tensor``, which must have as many dimensions as ``letters``."""
+    """The shape of ``tensor``, which must have as many dimensions as ``letters`` has."""
     shape = tensor.shape
-    if len(shape) != len(letters.split(",")):
-        raise KernelError(f"{op}: {name} must be [{letters}], got shape {list(shape)}")
+    if len(shape) != letters.count(",") + 1:
+        raise KernelError(f"{op}: {name} must be {letters}, got shape {list(shape)}")
     return shape
 
 
@@ -60,17 +60,17 @@ def _float(op: str, name: str, tensor: torch.Tensor) -> torch.dtype:
 
 def check_embed(out: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> torch.Size:
     """See ``Ops.embed``; gives [T, H]."""
-    tokens, width = shape = _sizes("embed", "out", out, "T,H")
+    tokens, width = shape = _sizes("embed", "out", out, "[T,H]")
     _is("embed", "out", out, (tokens, width), _float("embed", "out", out))
     _is("embed", "ids", ids, (tokens,), _I64)
-    vocab = _sizes("embed", "table", table, "V,H")[0]
+    vocab = _sizes("embed", "table", table, "[V,H]")[0]
     _is("embed", "table", table, (vocab, width), _float("embed", "table", table))
     return shape
 
 
 def check_rms_norm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Size:
     """See ``Ops.rms_norm``; gives [T, H]."""
-    shape = _sizes("rms_norm", "x", x, "T,H")
+    shape = _sizes("rms_norm", "x", x, "[T,H]")
     act = _float("rms_norm", "x", x)
     _is("rms_norm", "x", x, shape, act)
     _is("rms_norm", "out", out, shape, act)
@@ -82,7 +82,7 @@ def check_add_rms_norm(
     out: torch.Tensor, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
 ) -> torch.Size:
     """See ``Ops.add_rms_norm``; gives [T, H]."""
-    shape = _sizes("add_rms_norm", "x", x, "T,H")
+    shape = _sizes("add_rms_norm", "x", x, "[T,H]")
     act = _float("add_rms_norm", "x", x)
     _is("add_rms_norm", "x", x, shape, act)
     _is("add_rms_norm", "residual", residual, shape, act)
@@ -95,7 +95,7 @@ def _check_caches(
     op: str, k_cache: torch.Tensor, v_cache: torch.Tensor, head_dim: int
 ) -> tuple[int, int, int]:
     """Check both caches; give (blocks, key-value heads, block size)."""
-    blocks, kv_heads, block_size, _ = shape = _sizes(op, "k_cache", k_cache, "N,Hkv,B,D")
+    blocks, kv_heads, block_size, _ = shape = _sizes(op, "k_cache", k_cache, "[N,Hkv,B,D]")
     if shape[3] != head_dim:
         raise KernelError(f"{op}: k_cache has head_dim {shape[3]}, the heads have {head_dim}")
     if blocks < 1 or kv_heads < 1 or block_size < 1:
@@ -119,7 +119,7 @@ def check_qk_norm_rope_write(
 ) -> tuple[int, int, int, int, int, int]:
     """See ``Ops.qk_norm_rope_write``; gives (T, Hq, Hkv, D, N, B)."""
     op = "qk_norm_rope_write"
-    tokens, q_heads, head_dim = shape = _sizes(op, "q_out", q_out, "T,Hq,D")
+    tokens, q_heads, head_dim = shape = _sizes(op, "q_out", q_out, "[T,Hq,D]")
     if head_dim % 2 or head_dim < 2:
         raise KernelError(f"{op}: head_dim must be even and positive, got {head_dim}")
     blocks, kv_heads, block_size = _check_caches(op, k_cache, v_cache, head_dim)
@@ -129,7 +129,7 @@ def check_qk_norm_rope_write(
     weight_dtype = _float(op, "q_weight", q_weight)
     _is(op, "q_weight", q_weight, (head_dim,), weight_dtype)
     _is(op, "k_weight", k_weight, (head_dim,), weight_dtype)
-    _is(op, "cos_sin", cos_sin, (_sizes(op, "cos_sin", cos_sin, "P,D")[0], head_dim), _F32)
+    _is(op, "cos_sin", cos_sin, (_sizes(op, "cos_sin", cos_sin, "[P,D]")[0], head_dim), _F32)
     _is(op, "positions", positions, (tokens,), _I64)
     _is(op, "slots", slots, (tokens,), _I64)
     return tokens, q_heads, kv_heads, head_dim, blocks, block_size
@@ -146,14 +146,14 @@ def check_paged_attention(
 ) -> tuple[int, int, int, int, int, int]:
     """See ``Ops.paged_attention``; gives (T, Hq, Hkv, D, N, B)."""
     op = "paged_attention"
-    tokens, q_heads, head_dim = shape = _sizes(op, "q", q, "T,Hq,D")
+    tokens, q_heads, head_dim = shape = _sizes(op, "q", q, "[T,Hq,D]")
     blocks, kv_heads, block_size = _check_caches(op, k_cache, v_cache, head_dim)
     if q_heads < 1 or q_heads % kv_heads:
         raise KernelError(f"{op}: {q_heads} query heads do not share {kv_heads} key-value heads")
     act = _float(op, "q", q)
     _is(op, "q", q, shape, act)
     _is(op, "out", out, shape, act)
-    tables = _sizes(op, "block_tables", block_tables, "R,max_blocks")
+    tables = _sizes(op, "block_tables", block_tables, "[R,max_blocks]")
     _is(op, "block_tables", block_tables, tables, _I32)
     _is(op, "query_starts", query_starts, (tables[0] + 1,), _I32)
     _is(op, "context_lens", context_lens, (tables[0],), _I32)
@@ -162,7 +162,7 @@ def check_paged_attention(
 
 def check_swiglu(out: torch.Tensor, gate_up: torch.Tensor) -> torch.Size:
     """See ``Ops.swiglu``; gives [T, I]."""
-    tokens, width = shape = _sizes("swiglu", "out", out, "T,I")
+    tokens, width = shape = _sizes("swiglu", "out", out, "[T,I]")
     act = _float("swiglu", "out", out)
     _is("swiglu", "out", out, shape, act)
     _is("swiglu", "gate_up", gate_up, (tokens, 2 * width), act)
@@ -171,7 +171,7 @@ def check_swiglu(out: torch.Tensor, gate_up: torch.Tensor) -> torch.Size:
 
 def check_weight(weight: torch.Tensor) -> torch.Size:
     """See ``Ops.pack_linear``; gives [O, H]."""
-    shape = _sizes("pack_linear", "weight", weight, "O,H")
+    shape = _sizes("pack_linear", "weight", weight, "[O,H]")
     if shape[0] < 1 or shape[1] < 1:
         raise KernelError(f"pack_linear: weight must not be empty, got shape {list(shape)}")
     _is("pack_linear", "weight", weight, shape, _float("pack_linear", "weight", weight))
@@ -180,7 +180,7 @@ def check_weight(weight: torch.Tensor) -> torch.Size:
 
 def check_linear(out: torch.Tensor, x: torch.Tensor, packed: PackedLinear) -> int:
     """See ``Ops.linear``; gives T."""
-    tokens = _sizes("linear", "x", x, "T,H")[0]
+    tokens = _sizes("linear", "x", x, "[T,H]")[0]
     act = _float("linear", "x", x)
     _is("linear", "x", x, (tokens, packed.in_features), act)
     out_dtype = out.dtype
@@ -194,17 +194,17 @@ def check_gather_rows(
     out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor
 ) -> tuple[int, int, int]:
     """See ``Ops.gather_rows``; gives (S, H, T)."""
-    tokens, width = _sizes("gather_rows", "x", x, "T,H")
+    tokens, width = _sizes("gather_rows", "x", x, "[T,H]")
     act = _float("gather_rows", "x", x)
     _is("gather_rows", "x", x, (tokens, width), act)
-    count = _sizes("gather_rows", "rows", rows, "S")[0]
+    count = _sizes("gather_rows", "rows", rows, "[S]")[0]
     _is("gather_rows", "rows", rows, (count,), _I64)
     _is("gather_rows", "out", out, (count, width), act)
     return count, width, tokens
 
 
 def _check_logits(op: str, logits: torch.Tensor) -> torch.Size:
-    shape = _sizes(op, "logits", logits, "S,V")
+    shape = _sizes(op, "logits", logits, "[S,V]")
     if shape[1] < 1:
         raise KernelError(f"{op}: logits must have at least one column, got {list(shape)}")
     _is(op, "logits", logits, shape, _F32)
@@ -223,7 +223,7 @@ def check_apply_penalties(
     """See ``Ops.apply_penalties``; gives [S, V]."""
     op = "apply_penalties"
     rows, _ = shape = _check_logits(op, logits)
-    count = _sizes(op, "entry_rows", entry_rows, "E")[0]
+    count = _sizes(op, "entry_rows", entry_rows, "[E]")[0]
     _is(op, "entry_rows", entry_rows, (count,), _I64)
     _is(op, "entry_ids", entry_ids, (count,), _I64)
     _is(op, "entry_output_counts", entry_output_counts, (count,), _I32)
@@ -241,7 +241,7 @@ def check_add_bias(
 ) -> torch.Size:
     """See ``Ops.add_bias``; gives [S, V]."""
     shape = _check_logits("add_bias", logits)
-    count = _sizes("add_bias", "bias_rows", bias_rows, "E")[0]
+    count = _sizes("add_bias", "bias_rows", bias_rows, "[E]")[0]
     _is("add_bias", "bias_rows", bias_rows, (count,), _I64)
     _is("add_bias", "bias_ids", bias_ids, (count,), _I64)
     _is("add_bias", "bias_values", bias_values, (count,), _F32)

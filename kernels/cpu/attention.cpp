@@ -1,8 +1,9 @@
 // Attention of a ragged batch over a paged cache.
 //
 // A context is cut into tiles of 64 positions, counted from its start. Keys of a tile are turned
-// into panels [D][16 positions] and values into panels [positions][16 dims], both float32, so that
-// scores and weighted sums are the same row tiles as every other product. Softmax is online
+// into panels [D][16 positions], and values, if enough queries share them, into panels
+// [positions][16 dims], both float32, so that scores and weighted sums are the same row tiles as
+// every other product. Softmax is online
 // (Milakov & Gimelshein 2018), tile by tile in rising order. What a query gets thus depends on its
 // own position alone, not on how its prompt was cut or who shares the batch. Threads share out
 // (request, block of queries, key-value head).
@@ -20,6 +21,7 @@ namespace {
 
 constexpr int64_t kTile = 64;      // positions
 constexpr int64_t kItemRows = 64;  // query rows that share one unpacking of keys and values
+constexpr int64_t kFewRows = 16;   // up to here values are used as they lie, without unpacking
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -114,7 +116,8 @@ class Worker {
   Worker(const Shape& shape, const C* k_cache, const C* v_cache)
       : s_(shape), k_cache_(k_cache), v_cache_(v_cache) {}
 
-  void run(const Item& item, int64_t head, const float* q, float* out) {
+  // `more`: the next call will be for the same item and the next head.
+  void run(const Item& item, int64_t head, bool more, const float* q, float* out) {
     const int64_t rows = item.tokens * s_.group(), dim = s_.head_dim, padded = s_.padded();
     reserve(rows);
     for (int64_t t = 0; t < item.tokens; ++t)
@@ -122,10 +125,19 @@ class Worker {
     std::fill(acc_, acc_ + rows * padded, 0.0f);
     std::fill(max_, max_ + rows, -kInfinity);
     std::fill(sums_, sums_ + rows, F{});
+    direct_ = rows <= kFewRows && dim == padded;
     const int64_t end = item.position + item.tokens;
+    locate(item, head, 0, now_);
     for (int64_t base = 0; base < end; base += kTile) {
-      unpack(item, head, base, std::min(kTile, end - base));
+      next_.count = asked_ = 0;
+      if (base + kTile < end)
+        locate(item, head, base + kTile, next_);
+      else if (more)
+        locate(item, head + 1, 0, next_);
+      unpack();
       visit(item, base);
+      ask(kTile);
+      std::swap(now_, next_);
     }
     for (int64_t t = 0; t < item.tokens; ++t)
       for (int64_t g = 0; g < s_.group(); ++g)
@@ -157,28 +169,58 @@ class Worker {
     sums_ = sums.data();
   }
 
-  // Keys and values of positions base .. base+count-1, as float32 panels.
-  void unpack(const Item& item, int64_t head, int64_t base, int64_t count) {
+  // Where a tile's keys and values lie.
+  struct Rows {
     const C *keys[kTile], *values[kTile];
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t position = base + j, block = item.blocks[position / s_.block_size];
-      const int64_t where =
-          ((block * s_.kv_heads + head) * s_.block_size + position % s_.block_size) * s_.head_dim;
-      keys[j] = k_cache_ + where;
-      values[j] = v_cache_ + where;
+    int64_t count = 0;
+  };
+
+  void locate(const Item& item, int64_t head, int64_t base, Rows& rows) const {
+    const int64_t count = std::min(kTile, item.position + item.tokens - base);
+    int64_t j = 0;
+    while (j < count) {
+      const int64_t block = (base + j) / s_.block_size, offset = base + j - block * s_.block_size;
+      const int64_t run = std::min(count, j + s_.block_size - offset);
+      int64_t row = ((item.blocks[block] * s_.kv_heads + head) * s_.block_size + offset) * s_.head_dim;
+      for (; j < run; ++j, row += s_.head_dim) {
+        rows.keys[j] = k_cache_ + row;
+        rows.values[j] = v_cache_ + row;
+      }
     }
-    const int64_t padded = s_.padded(), dim = s_.head_dim;
+    rows.count = count;
     // Scores past the end are computed, from any readable key, and thrown away.
-    for (int64_t j = count; j < round_up(count, kPanel); ++j) keys[j] = keys[count - 1];
-    for (int64_t j = 0; j < count; j += kPanel) transpose_panel(keys + j, dim, k_ + j * padded);
-    for (int64_t j = 0; j < count; ++j) {
-      float* const to = v_ + j * kPanel;
-      int64_t d = 0;
-      for (; d + kLanes <= dim; d += kLanes)
-        store(to + d / kPanel * kTile * kPanel + d % kPanel, load(values[j] + d));
-      for (; d < padded; ++d)
-        to[d / kPanel * kTile * kPanel + d % kPanel] = d < dim ? load1(values[j] + d) : 0.0f;
+    for (; j < round_up(count, kPanel); ++j) rows.keys[j] = rows.keys[count - 1];
+  }
+
+  // Ask the memory for some more of the next tile. A few at a time, between other work: a core
+  // waits when too many lines are under way. Inlined by force: a function that does nothing else
+  // looks free of effects to the compiler, which would drop its calls.
+  __attribute__((always_inline)) void ask(int64_t positions) {
+    const int64_t bytes = s_.head_dim * int64_t(sizeof(C));
+    for (const int64_t end = std::min(next_.count, asked_ + positions); asked_ < end; ++asked_)
+      for (int64_t b = 0; b < bytes; b += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(next_.keys[asked_]) + b);
+        __builtin_prefetch(reinterpret_cast<const char*>(next_.values[asked_]) + b);
+      }
+  }
+
+  // The tile's keys as float32 panels; its values too if many rows share them.
+  void unpack() {
+    for (int64_t j = 0; j < now_.count; j += kPanel) {
+      transpose_panel(now_.keys + j, s_.head_dim, k_ + j * s_.padded());
+      ask(4);
     }
+    if (direct_) return;
+    for (int64_t j = 0; j < now_.count; ++j) unpack_value(now_.values[j], v_ + j * kPanel);
+  }
+
+  void unpack_value(const C* value, float* to) const {
+    const int64_t padded = s_.padded(), dim = s_.head_dim;
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes)
+      store(to + d / kPanel * kTile * kPanel + d % kPanel, load(value + d));
+    for (; d < padded; ++d)
+      to[d / kPanel * kTile * kPanel + d % kPanel] = d < dim ? load1(value + d) : 0.0f;
   }
 
   // All queries over the tile: first those whose last visible position lies in it, each token by
@@ -200,12 +242,25 @@ class Worker {
     for_row_tiles(count, [&](int64_t offset, int tile_rows) {
       const int64_t row = first + offset;
       float* const scores = scores_ + row * kTile;
-      tile_strip(tile_rows, round_up(seen, kPanel) / kPanel, q_ + row * dim, dim,
-                 const_cast<const float*>(k_), padded * kPanel, dim, scores, kTile, false);
-      for (int m = 0; m < tile_rows; ++m) soften(row + m, seen);
-      tile_strip(tile_rows, padded / kPanel, const_cast<const float*>(scores), kTile,
-                 const_cast<const float*>(v_), kTile * kPanel, seen, acc_ + row * padded, padded,
-                 true);
+      tile_strip<kPacked>(tile_rows, round_up(seen, kPanel) / kPanel, q_ + row * dim, dim,
+                          const_cast<const float*>(k_), {padded * kPanel, kPanel}, dim, scores,
+                          kTile, false);
+      for (int m = 0; m < tile_rows; ++m) {
+        ask(8);
+        soften(row + m, seen);
+      }
+      float* const acc = acc_ + row * padded;
+      if (!direct_)
+        tile_strip<kPacked>(tile_rows, padded / kPanel, scores, kTile,
+                            const_cast<const float*>(v_), {kTile * kPanel, kPanel}, seen, acc,
+                            padded, true);
+      for (int64_t j = 0, next; direct_ && j < seen; j = next) {
+        const C* const* const values = now_.values;
+        for (next = j + 1; next < seen && values[next] == values[next - 1] + dim;) ++next;
+        tile_strip<kPlain>(tile_rows, padded / kPanel, scores + j, kTile, values[j],
+                           {kPanel, dim}, next - j, acc, padded, true);
+        ask(8);
+      }
     });
   }
 
@@ -249,6 +304,9 @@ class Worker {
   const C *const k_cache_, *const v_cache_;
   float *k_, *v_, *q_, *acc_, *scores_, *max_;
   F* sums_;
+  Rows now_, next_;      // this tile, and the one after it
+  int64_t asked_ = 0;    // positions of the next tile that were asked for
+  bool direct_ = false;  // values are not unpacked
 };
 
 // Arguments of bad values: 1 query_starts, 2 context_lens, 3 block_tables (flat index).
@@ -301,15 +359,22 @@ extern "C" __attribute__((visibility("default"))) int64_t millrace_paged_attenti
   std::vector<Item>& items = storage;  // a thread_local name would be another one in each worker
   items.clear();
   const double ns = cut(shape, block_tables, query_starts, context_lens, requests, items) * kv_heads;
-  const int64_t units = int64_t(items.size()) * kv_heads;
-  const int64_t parts = pieces(ns, units) > 1 ? units : std::min<int64_t>(units, 1);
+  // One item with all its heads to a part, unless that leaves threads without work.
+  const int64_t count = int64_t(items.size());
+  const bool split = count < 4 * num_threads() && pieces(ns, count * kv_heads) > 1;
+  const bool serial = pieces(ns, count * kv_heads) <= 1;
   with_dtype(cache_dtype, [&](auto kind) {
     using C = decltype(kind);
-    parallel_for(parts, [&](int64_t part) {
+    const auto part = [&](int64_t first, int64_t last) {
       Worker<C> worker(shape, static_cast<const C*>(k_cache), static_cast<const C*>(v_cache));
-      for (int64_t u = units * part / parts; u < units * (part + 1) / parts; ++u)
-        worker.run(items[u / kv_heads], u % kv_heads, q, out);
-    });
+      for (int64_t u = first; u < last; ++u) {
+        const int64_t head = u % kv_heads;
+        worker.run(items[u / kv_heads], head, u + 1 < last && head + 1 < kv_heads, q, out);
+      }
+    };
+    if (serial) return part(0, count * kv_heads);
+    if (split) return parallel_for(count * kv_heads, [&](int64_t u) { part(u, u + 1); });
+    parallel_for(count, [&](int64_t i) { part(i * kv_heads, (i + 1) * kv_heads); });
   });
   return 0;
 }

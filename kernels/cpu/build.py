@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["BuildError", "cpu_features", "library"]
+__all__ = ["BuildError", "compile_library", "cpu_features", "library"]
 
 _SOURCE_DIR = Path(__file__).resolve().parent
 # No contraction: a fused multiply-add where the compiler likes would make bits depend on its mood.
@@ -135,14 +135,32 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(march: str, target: Path) -> None:
-    """Build all sources into ``target``, which appears whole or not at all."""
+def compile_library(march: str, target: Path, *flags: str) -> None:
+    """Build all sources into ``target``, which appears whole or not at all.
+
+    Args:
+        march: the instruction set, as the compiler names it.
+        target: the library's path.
+        flags: more flags for the compiler.
+
+    Raises:
+        BuildError: no compiler, or it failed.
+    """
     compiler = _compiler()
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         work = Path(name)
         sources = sorted(_SOURCE_DIR.glob("*.cpp"))
         commands = [
-            [compiler, *_FLAGS, f"-march={march}", "-c", str(source), "-o", f"{source.stem}.o"]
+            [
+                compiler,
+                *_FLAGS,
+                f"-march={march}",
+                *flags,
+                "-c",
+                str(source),
+                "-o",
+                f"{source.stem}.o",
+            ]
             for source in sources
         ]
         with ThreadPoolExecutor(max_workers=min(len(commands), os.cpu_count() or 1)) as pool:
@@ -165,5 +183,5 @@ def library() -> Path:
         return target
     with _lock(directory / ".lock"):
         if not target.exists():
-            _compile(march, target)
+            compile_library(march, target)
     return target

@@ -46,13 +46,14 @@ struct Product {
 
   // At most kTileRows rows: weights go by once, straight from memory.
   void few_rows(int64_t first, int64_t last) const {
-    const int64_t whole = std::min(last, features / kPanel), stride = width * kPanel;
+    const int64_t whole = std::min(last, features / kPanel);
+    const Strides strides{width * kPanel, kPanel};
     if (whole > first)
-      tile_strip(int(rows), whole - first, x, width, panel(first), stride, width,
+      tile_strip<kPacked>(int(rows), whole - first, x, width, panel(first), strides, width,
                  out + first * kPanel, features, false);
     if (whole < last) {
       float narrow[kTileRows * kPanel];
-      tile_strip(int(rows), 1, x, width, panel(whole), stride, width, narrow, kPanel, false);
+      tile_strip<kPacked>(int(rows), 1, x, width, panel(whole), strides, width, narrow, kPanel, false);
       copy_columns(narrow, whole, 0, rows);
     }
   }
@@ -72,7 +73,8 @@ struct Product {
     const int64_t most = std::clamp((kBlockFloats / count - kPanel) / kPanel * kPanel, kLeastDepth,
                                     kMostDepth);
     const int64_t local_stride = most + kPanel;  // not a power of two: rows spread over cache sets
-    const int64_t whole = std::min(last, features / kPanel), stride = width * kPanel;
+    const int64_t whole = std::min(last, features / kPanel);
+    const Strides strides{width * kPanel, kPanel};
     for (int64_t k = 0; k < width; k += most) {
       const int64_t depth = std::min(most, width - k);
       for (int64_t m = 0; m < count; ++m)
@@ -80,8 +82,8 @@ struct Product {
                     sizeof(float) * depth);
       const auto multiply = [&](int64_t p, int64_t panels, float* c, int64_t ldc) {
         for_row_tiles(count, [&](int64_t m, int tile_rows) {
-          tile_strip(tile_rows, panels, local + m * local_stride, local_stride,
-                     panel(p) + k * kPanel, stride, depth, c + m * ldc, ldc, k > 0);
+          tile_strip<kPacked>(tile_rows, panels, local + m * local_stride, local_stride,
+                     panel(p) + k * kPanel, strides, depth, c + m * ldc, ldc, k > 0);
         });
       };
       const int64_t step = tile_panels(kTileRows);

@@ -14,46 +14,19 @@ each context token and does ``4*Hq*D`` operations for each pair in sight.
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from kernels import checks
+from kernels.cpu.binding import NativeLibrary
+from kernels.cpu.ordinary import DTYPE_CODES, ordinary_attention, ordinary_qkv
 from kernels.interface import KernelError, PackedLinear
 
 __all__ = ["NativeLinear", "NativeOps"]
 
 _F32 = torch.float32
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in api.h
 _PANEL = 16  # as in tile.h
-
-# p: pointer, i: int, l: int64, f: float. A leading "!" means that bad values are reported.
-_SIGNATURES = {
-    "embed": "!ipppLLL",
-    "rms_norm": "ipppLLf",
-    "add_rms_norm": "ippppLLf",
-    "qk_norm_rope_write": "!iipppppppppLLLLLLLf",
-    "paged_attention": "!ippppppp" + "L" * 8 + "f",
-    "swiglu": "ppLL",
-    "pack_linear": "ipLLp",
-    "linear": "ipppLLL",
-    "gather_rows": "!pppLLL",
-    "apply_penalties": "!pppppppLLL",
-    "add_bias": "!ppppLLL",
-    "sample": "ppppppppLL",
-    "logprobs": "!pppppLLL",
-    "token_hashes": "pLLLL",
-    "set_num_threads": "i",
-}
-_TYPES: dict[str, Any] = {
-    "p": ctypes.c_void_p,
-    "i": ctypes.c_int,
-    "L": ctypes.c_int64,
-    "f": ctypes.c_float,
-}
 
 
 def _bad_value(op: str, code: int, *arguments: tuple[str, torch.Tensor, str]) -> KernelError:
@@ -80,8 +53,12 @@ class NativeLinear:
         return self.panels.numel() * self.panels.element_size()
 
 
-class NativeOps:
+class NativeOps(NativeLibrary):
     """See ``kernels.interface.Ops`` for what each op means.
+
+    The hot ops test for the ordinary case, float32 activations and all shapes right, in one
+    expression; whatever is not that is looked at by ``kernels.checks``, which says what is wrong,
+    and then goes through float32 copies.
 
     Args:
         path: the compiled library.
@@ -89,31 +66,6 @@ class NativeOps:
 
     name = "cpu-native"
     batch_invariant = True
-
-    def __init__(self, path: Path) -> None:
-        library = ctypes.CDLL(str(path))
-        for op, signature in _SIGNATURES.items():
-            function = getattr(library, f"millrace_{op}")
-            function.restype = ctypes.c_int64 if signature.startswith("!") else None
-            function.argtypes = [_TYPES[letter] for letter in signature.lstrip("!")]
-            setattr(self, f"_{op}", function)
-
-    # Set in __init__; ctypes functions take and give plain integers.
-    _embed: Any
-    _rms_norm: Any
-    _add_rms_norm: Any
-    _qk_norm_rope_write: Any
-    _paged_attention: Any
-    _swiglu: Any
-    _pack_linear: Any
-    _linear: Any
-    _gather_rows: Any
-    _apply_penalties: Any
-    _add_bias: Any
-    _sample: Any
-    _logprobs: Any
-    _token_hashes: Any
-    _set_num_threads: Any
 
     def set_num_threads(self, count: int) -> None:
         """How many threads the ops may use, the calling one included."""
@@ -124,7 +76,7 @@ class NativeOps:
         tokens, width = checks.check_embed(out, ids, table)
         wide = out if out.dtype is _F32 else torch.empty_like(out, dtype=_F32)
         code = self._embed(
-            _DTYPE_CODES[table.dtype], wide.data_ptr(), ids.data_ptr(), table.data_ptr(),
+            DTYPE_CODES[table.dtype], wide.data_ptr(), ids.data_ptr(), table.data_ptr(),
             tokens, width, table.shape[0],
         )  # fmt: skip
         if code:
@@ -136,16 +88,20 @@ class NativeOps:
         self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> None:
         """See ``Ops.rms_norm``."""
-        tokens, width = checks.check_rms_norm(out, x, weight)
-        if x.dtype is not _F32:
+        shape, code = x.shape, DTYPE_CODES.get(weight.dtype)
+        if (
+            len(shape) != 2 or code is None or x.dtype is not _F32 or out.dtype is not _F32
+            or out.shape != shape or weight.shape != shape[1:]
+            or not (x.is_contiguous() and out.is_contiguous() and weight.is_contiguous())
+        ):  # fmt: skip
+            checks.check_rms_norm(out, x, weight)
             wide = x.to(_F32)
             self.rms_norm(wide, wide, weight, eps)
             out.copy_(wide)
             return
         self._rms_norm(
-            _DTYPE_CODES[weight.dtype], out.data_ptr(), x.data_ptr(), weight.data_ptr(),
-            tokens, width, eps,
-        )  # fmt: skip
+            code, out.data_ptr(), x.data_ptr(), weight.data_ptr(), shape[0], shape[1], eps
+        )
 
     def add_rms_norm(
         self,
@@ -156,14 +112,20 @@ class NativeOps:
         eps: float,
     ) -> None:
         """See ``Ops.add_rms_norm``."""
-        tokens, width = checks.check_add_rms_norm(out, residual, x, weight)
-        if x.dtype is not _F32:
+        shape, code = x.shape, DTYPE_CODES.get(weight.dtype)
+        if (
+            len(shape) != 2 or code is None or x.dtype is not _F32 or out.dtype is not _F32
+            or residual.dtype is not _F32 or out.shape != shape or residual.shape != shape
+            or weight.shape != shape[1:] or not (x.is_contiguous() and out.is_contiguous())
+            or not (residual.is_contiguous() and weight.is_contiguous())
+        ):  # fmt: skip
+            checks.check_add_rms_norm(out, residual, x, weight)
             residual.add_(x)
             self.rms_norm(out, residual, weight, eps)
             return
         self._add_rms_norm(
-            _DTYPE_CODES[weight.dtype], out.data_ptr(), residual.data_ptr(), x.data_ptr(),
-            weight.data_ptr(), tokens, width, eps,
+            code, out.data_ptr(), residual.data_ptr(), x.data_ptr(), weight.data_ptr(),
+            shape[0], shape[1], eps,
         )  # fmt: skip
 
     def qk_norm_rope_write(
@@ -181,15 +143,24 @@ class NativeOps:
     ) -> None:
         """See ``Ops.qk_norm_rope_write``."""
         op = "qk_norm_rope_write"
-        tokens, q_heads, kv_heads, head_dim, blocks, block_size = checks.check_qk_norm_rope_write(
+        if not ordinary_qkv(
             q_out, qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache
-        )
-        wide = narrow = q_out
-        if q_out.dtype is not _F32:
-            wide, qkv = torch.empty_like(q_out, dtype=_F32), qkv.to(_F32)
+        ):
+            checks.check_qk_norm_rope_write(
+                q_out, qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache
+            )
+            wide = torch.empty_like(q_out, dtype=_F32)
+            self.qk_norm_rope_write(
+                wide, qkv.to(_F32), q_weight, k_weight, cos_sin, positions, slots, k_cache,
+                v_cache, eps,
+            )  # fmt: skip
+            q_out.copy_(wide)
+            return
+        tokens, q_heads, head_dim = q_out.shape
+        blocks, kv_heads, block_size, _ = k_cache.shape
         table_len = cos_sin.shape[0]
         code = self._qk_norm_rope_write(
-            _DTYPE_CODES[q_weight.dtype], _DTYPE_CODES[k_cache.dtype], wide.data_ptr(),
+            DTYPE_CODES[q_weight.dtype], DTYPE_CODES[k_cache.dtype], q_out.data_ptr(),
             qkv.data_ptr(), q_weight.data_ptr(), k_weight.data_ptr(), cos_sin.data_ptr(),
             positions.data_ptr(), slots.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
             tokens, q_heads, kv_heads, head_dim, block_size, blocks, table_len, eps,
@@ -200,8 +171,6 @@ class NativeOps:
                 op, code, ("positions", positions, f"in 0..{table_len - 1}"),
                 ("slots", slots, f"in 0..{last_slot}"),
             )  # fmt: skip
-        if wide is not narrow:
-            narrow.copy_(wide)
 
     def paged_attention(
         self,
@@ -215,16 +184,23 @@ class NativeOps:
         scale: float,
     ) -> None:
         """See ``Ops.paged_attention``."""
-        shape = checks.check_paged_attention(
+        if not ordinary_attention(
             out, q, k_cache, v_cache, block_tables, query_starts, context_lens
-        )
-        tokens, q_heads, kv_heads, head_dim, blocks, block_size = shape
+        ):
+            checks.check_paged_attention(
+                out, q, k_cache, v_cache, block_tables, query_starts, context_lens
+            )
+            wide = out.to(_F32)
+            self.paged_attention(
+                wide, q.to(_F32), k_cache, v_cache, block_tables, query_starts, context_lens, scale
+            )
+            out.copy_(wide)
+            return
+        tokens, q_heads, head_dim = q.shape
+        blocks, kv_heads, block_size, _ = k_cache.shape
         requests, max_blocks = block_tables.shape
-        wide = out
-        if out.dtype is not _F32:
-            wide, q = out.to(_F32), q.to(_F32)
         code = self._paged_attention(
-            _DTYPE_CODES[k_cache.dtype], wide.data_ptr(), q.data_ptr(), k_cache.data_ptr(),
+            DTYPE_CODES[k_cache.dtype], out.data_ptr(), q.data_ptr(), k_cache.data_ptr(),
             v_cache.data_ptr(), block_tables.data_ptr(), query_starts.data_ptr(),
             context_lens.data_ptr(), requests, tokens, q_heads, kv_heads, head_dim, block_size,
             blocks, max_blocks, scale,
@@ -237,23 +213,28 @@ class NativeOps:
                 ("context_lens", context_lens, f"from the new tokens' number to {room}"),
                 ("block_tables", block_tables, f"in 0..{blocks - 1}"),
             )  # fmt: skip
-        if wide is not out:
-            out.copy_(wide)
 
     def swiglu(self, out: torch.Tensor, gate_up: torch.Tensor) -> None:
         """See ``Ops.swiglu``."""
-        tokens, width = checks.check_swiglu(out, gate_up)
-        wide = out
-        if out.dtype is not _F32:
-            wide, gate_up = torch.empty_like(out, dtype=_F32), gate_up.to(_F32)
-        self._swiglu(wide.data_ptr(), gate_up.data_ptr(), tokens, width)
-        if wide is not out:
+        shape = out.shape
+        if (
+            len(shape) != 2 or out.dtype is not _F32 or gate_up.dtype is not _F32
+            or gate_up.shape != (shape[0], 2 * shape[1])
+            or not (out.is_contiguous() and gate_up.is_contiguous())
+        ):  # fmt: skip
+            checks.check_swiglu(out, gate_up)
+            wide = torch.empty_like(out, dtype=_F32)
+            self.swiglu(wide, gate_up.to(_F32))
             out.copy_(wide)
+            return
+        self._swiglu(out.data_ptr(), gate_up.data_ptr(), shape[0], shape[1])
 
     def pack_linear(self, weight: torch.Tensor) -> PackedLinear:
         """See ``Ops.pack_linear``."""
         features, width = checks.check_weight(weight)
-        code = _DTYPE_CODES[weight.dtype]
+        if not weight.is_cpu:
+            raise KernelError(f"pack_linear: weight must be on the CPU, got {weight.device}")
+        code = DTYPE_CODES[weight.dtype]
         panels = torch.empty(-(-features // _PANEL), width, _PANEL, dtype=weight.dtype)
         self._pack_linear(code, weight.data_ptr(), features, width, panels.data_ptr())
         return NativeLinear(panels, features, width, code, panels.data_ptr())
@@ -262,18 +243,21 @@ class NativeOps:
         """See ``Ops.linear``."""
         if type(packed) is not NativeLinear:
             raise KernelError(f"linear: packed is a {type(packed).__name__} of another backend")
-        tokens = checks.check_linear(out, x, packed)
-        wide = out
-        if x.dtype is not _F32:
-            x = x.to(_F32)
-            if out.dtype is not _F32:
-                wide = torch.empty_like(out, dtype=_F32)
+        shape, features, width = x.shape, packed.out_features, packed.in_features
+        if (
+            len(shape) != 2 or shape[1] != width or x.dtype is not _F32 or out.dtype is not _F32
+            or out.shape != (shape[0], features)
+            or not (x.is_contiguous() and out.is_contiguous())
+        ):  # fmt: skip
+            checks.check_linear(out, x, packed)
+            wide = out if out.dtype is _F32 else torch.empty_like(out, dtype=_F32)
+            self.linear(wide, x.to(_F32), packed)
+            if wide is not out:
+                out.copy_(wide)
+            return
         self._linear(
-            packed.code, wide.data_ptr(), x.data_ptr(), packed.pointer, tokens,
-            packed.in_features, packed.out_features,
-        )  # fmt: skip
-        if wide is not out:
-            out.copy_(wide)
+            packed.code, out.data_ptr(), x.data_ptr(), packed.pointer, shape[0], width, features
+        )
 
     def gather_rows(self, out: torch.Tensor, x: torch.Tensor, rows: torch.Tensor) -> None:
         """See ``Ops.gather_rows``."""

@@ -13,6 +13,9 @@
 #include <cstdint>
 #include <cstring>
 
+// MILLRACE_PORTABLE=8 or 16 leaves all intrinsics out and fixes the number of lanes: a way to test
+// the code of other machines on this one.
+#ifndef MILLRACE_PORTABLE
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define MILLRACE_AVX512 1
 #endif
@@ -20,10 +23,13 @@
 #define MILLRACE_AVX2 1  // true beside AVX-512 too
 #include <immintrin.h>
 #endif
+#endif
 
 namespace millrace {
 
-#ifdef MILLRACE_AVX512
+#if defined(MILLRACE_PORTABLE)
+constexpr int kLanes = MILLRACE_PORTABLE;
+#elif defined(MILLRACE_AVX512)
 constexpr int kLanes = 16;
 #else
 constexpr int kLanes = 8;
