@@ -38,7 +38,8 @@ READ_BLOCK_MS = 2000
 LOST_LOG_WAIT_S = 0.25
 LOST_LOG_PATIENCE_S = 5.0
 RETRY_DELAYS_S = (0.01, 0.05, 0.1, 0.25, 0.5)
-PIPELINE_COMMANDS = 1024
+PIPELINE_COMMANDS = 256
+"""Of one round trip: its commands are packed, and its replies read, in one go of the event loop."""
 
 
 class JournalNotFound(Exception):
