@@ -138,6 +138,7 @@ def operation(
     answers: dict[str, Any] = {str(status): answer for status, answer in responses.items()}
     for status in errors if is_open else sorted({*errors, 401}):
         answers[str(status)] = json_body(ref("Error"), _ERRORS[status])
+    answers["default"] = json_body(ref("Error"), "Any other error.")
     result: dict[str, Any] = {"summary": summary, "tags": [tag], "responses": answers}
     if text:
         result["description"] = text

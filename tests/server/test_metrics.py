@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine import EngineStats
+from server.metering.enginewatch import EngineWatch
 from server.metering.loopwatch import LoopWatch
 from server.metering.metrics import Metrics
 
@@ -133,3 +134,25 @@ async def test_the_loop_watch_sees_a_callback_that_holds_the_loop() -> None:
         samples["millrace_event_loop_blocked_seconds_sum"]
         <= samples["millrace_event_loop_lag_seconds_sum"]
     )
+
+
+async def test_the_engine_watch_loses_nothing_of_a_dead_process() -> None:
+    metrics = Metrics()
+    lives = [[3, 7], [0, 8], [5, 9]]
+    pending = [EngineStats(generation_tokens=count) for life in lives for count in life]
+    read_all = asyncio.Event()
+
+    def stats() -> EngineStats:
+        if len(pending) == 1:
+            read_all.set()
+            return pending[0]
+        return pending.pop(0)
+
+    watch = EngineWatch(metrics, stats, interval_s=0)
+    watch.start()
+    await read_all.wait()
+    watch.stop()
+    watch.stop()
+    samples = read(metrics)
+    assert samples["millrace_generation_tokens_total"] == 7 + 8 + 9
+    assert samples["millrace_engine_restarts_total"] == 2

@@ -12,7 +12,7 @@ from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 
 from engine import EngineState
-from server.dialects import chat, completions
+from server.dialects import chat, completions, responses
 from server.openapi.document import document
 from server.settings import ServerSettings
 from tests.server.edge import NO_PAGE, Edge, datas, serving
@@ -94,6 +94,7 @@ async def test_the_document_has_exactly_the_routes(edge: Edge) -> None:
     [
         ("ChatCompletionRequest", chat.KNOWN_FIELDS),
         ("CompletionRequest", completions.KNOWN_FIELDS),
+        ("ResponseRequest", responses._KNOWN),
     ],
 )
 def test_request_schemas_name_what_is_accepted(name: str, fields: frozenset[str]) -> None:
