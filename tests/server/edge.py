@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from aiohttp import ClientResponse, web
 from aiohttp.test_utils import TestClient, TestServer
+from blockbuster import blockbuster_ctx
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.app import build_app
@@ -107,7 +108,9 @@ async def serving(
     await server.start_server()
     client = TestClient(server)
     try:
-        yield Edge(client, engine)
+        # Whatever waits without using the CPU (a file, a lock, a sleep) in the event loop fails.
+        with blockbuster_ctx("server"):
+            yield Edge(client, engine)
     finally:
         await client.close()
         await engine.close()

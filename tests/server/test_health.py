@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine import EngineState, EngineStats
+from server.routes import health
 from server.routes.health import STALL_S
 from server.settings import ServerSettings
 from server.state import TURNS
@@ -96,3 +97,11 @@ async def test_which_addresses_need_a_key(tmp_path: Path) -> None:
             answer = await edge.post("/v1/chat/completions", body, headers=right)
             assert answer.status == 200
         assert edge.engine.requests[0].cache_salt
+
+
+async def test_a_handler_that_waits_in_the_event_loop_is_found(
+    edge: Edge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard around all these tests works."""
+    monkeypatch.setattr(health, "_not_ready", lambda _: time.sleep(0.001))
+    assert (await edge.get("/ready")).status == 500
