@@ -58,11 +58,15 @@ inline U token_hash(uint64_t key, I ids) {
 
 constexpr float kMostNoise = 22.9f;  // above 33 ln 2, the value at u = 2^-33
 
-// -log(-log1p(-u)) for u = (hash + 0.5) / 2^32.
-inline F gumbel(U hash) {
+// (hash + 0.5) / 2^32
+inline F uniform(U hash) {
   const F high = __builtin_convertvector(bits_of<I>(hash >> 16), F);
   const F low = __builtin_convertvector(bits_of<I>(hash & 0xffffu), F);
-  const F u = fma(high, splat(65536.0f), low + splat(0.5f)) * splat(0x1p-32f);
+  return fma(high, splat(65536.0f), low + splat(0.5f)) * splat(0x1p-32f);
+}
+
+// -log(-log1p(-u))
+inline F gumbel(F u) {
   const F t = vmax(splat(1.0f) - u, splat(0x1p-25f));
   const F lost = (splat(1.0f) - t) - u;  // what rounding 1 - u to t left out
   return F{} - log(F{} - (log(t) + lost / t));
@@ -203,13 +207,16 @@ int64_t draw(const float* x, int64_t count, const Settings& s) {
 
   const uint64_t key = row_key(s.seed, s.position);
   // Starting from the likeliest token, few others can still win: the noise is bounded.
-  Best best{gumbel(token_hash(key, splat_int(int32_t(top.id))))[0], top.id};
+  Best best{gumbel(uniform(token_hash(key, splat_int(int32_t(top.id)))))[0], top.id};
   for (int64_t i = 0; i < count; i += kLanes) {
     const F z = scores.at(i);
-    const I open = (z >= splat(threshold)) & (z >= splat(best.value - kMostNoise));
+    I open = (z >= splat(threshold)) & (z >= splat(best.value - kMostNoise));
     if (!any(open)) continue;
-    const F keys = z + gumbel(token_hash(key, iota() + splat_int(int32_t(i))));
-    if (!any(open & (keys >= splat(best.value)))) continue;
+    const F u = uniform(token_hash(key, iota() + splat_int(int32_t(i))));
+    // u < -log1p(-u), so a key of at least best.value needs u below this, give or take rounding.
+    open &= u < exp(z - splat(best.value)) * splat(1.0001f);
+    if (!any(open)) continue;
+    const F keys = z + gumbel(u);
     const int lanes = int(std::min<int64_t>(kLanes, count - i));
     for (int j = 0; j < lanes; ++j)
       if (open[j] && (keys[j] > best.value || (keys[j] == best.value && i + j < best.id)))

@@ -241,10 +241,10 @@ def test_bad_ragged_batches(ops: Ops, name: str, values: list[int]) -> None:
         batch.run(ops)
 
 
-@pytest.mark.parametrize("block", [-1, 2**20])
-def test_bad_block_tables(ops: Ops, block: int) -> None:
+@pytest.mark.parametrize("beyond", [None, 0, 2**20])
+def test_bad_block_tables(ops: Ops, beyond: int | None) -> None:
     batch = attention_case()
-    batch.block_tables[1, 2] = block
+    batch.block_tables[1, 2] = -1 if beyond is None else batch.k_cache.shape[0] + beyond
     with pytest.raises(KernelError, match="paged_attention: block_tables"):
         batch.run(ops)
 
