@@ -98,6 +98,18 @@ def test_filters(ops: Ops, settings: dict[str, float], kept: list[int]) -> None:
         assert abs(chi_square(counts, wanted / wanted.sum())) < 5
 
 
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [({"top_k": 3}, 3), ({"top_p": 0.5}, 5), ({"top_p": 0.19}, 2), ({"top_k": 6, "top_p": 0.5}, 3)],
+)
+def test_filters_among_nearly_equal_tokens(ops: Ops, settings: dict[str, float], kept: int) -> None:
+    """Ten tokens of almost 0.1 each, in a row whose other tokens hardly count."""
+    logits = torch.full((60,), -30.0)
+    logits[20:30] = -1e-3 * torch.arange(10)
+    counts = histogram(ops, logits, **settings)
+    assert counts.nonzero().flatten().tolist() == list(range(20, 20 + kept))
+
+
 def test_greedy(ops: Ops) -> None:
     nan, inf = float("nan"), float("inf")
     logits = torch.tensor(
