@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import os
 import signal
 import sys
 import threading
@@ -22,7 +23,8 @@ from engine.train.data import DataError, Documents, Packer
 from engine.train.dialogue import ChatTemplate
 from engine.train.evaluate import evaluate, sample_answers, write_report
 from engine.train.export import export
-from engine.train.model import Qwen3
+from engine.train.distributed import Group
+from engine.train.model import Qwen3, compute_dtype_of
 from engine.train.prepare import prepare_tokenizer, prepare_tokens
 from engine.train.progress import Progress, draw_loss
 from engine.train.recipe import Recipe, RecipeError, load_recipe
@@ -51,7 +53,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="where the model goes (default: OUT/model)")  # fmt: skip
     parser.add_argument("--export-every", type=float, default=15.0, metavar="MINUTES",
                         help="computing time between exports on the way (default: 15)")  # fmt: skip
-    parser.add_argument("--threads", type=int, default=2, help="compute threads (default: 2)")
+    parser.add_argument("--threads", type=int, help="compute threads (default: all cores)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--no-compile", action="store_true",
+                        help="run as it is written: slower, but without a compiler")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -83,6 +88,15 @@ def _keep_freed_memory() -> None:
         libc.mallopt(mmap_threshold, 2**31 - 1)
 
 
+def _device(name: str) -> torch.device:
+    """The named device; `auto` takes a GPU if there is one, each process of a group its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name)
+
+
 def _packer(recipe: Recipe, token_dir: Path, pad_id: int) -> Packer:
     documents = {source: Documents.load(token_dir, source) for source in recipe.mixture}
     return Packer(
@@ -103,9 +117,13 @@ def _train(args: argparse.Namespace, recipe: Recipe) -> tuple[Trainer, Encoder, 
         prepare_tokens(
             recipe, args.data, out / "tokens" / split, split, encoder=encoder, template=template
         )
+    device = _device(args.device)
     torch.manual_seed(recipe.seed)
+    model = Qwen3(recipe.model, compute_dtype_of(device)).to(device)
+    if not args.no_compile:
+        model.compile_blocks()
     trainer = Trainer(
-        Qwen3(recipe.model),
+        model,
         _packer(recipe, out / "tokens" / "train", encoder.id_of("<|endoftext|>")),
         recipe.train,
         Budget(
@@ -137,7 +155,8 @@ def _train(args: argparse.Namespace, recipe: Recipe) -> tuple[Trainer, Encoder, 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     args = _arguments(argv)
-    torch.set_num_threads(args.threads)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     _keep_freed_memory()
     try:
         recipe = load_recipe(args.recipe)

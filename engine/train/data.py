@@ -141,6 +141,15 @@ class Batch:
     weights: npt.NDArray[np.float32]
     document_ids: npt.NDArray[np.int64]
 
+    def part(self, first: int, last: int, step: int = 1) -> Batch:
+        """The rows `first`, `first + step`, ... before `last`."""
+        own = slice(first, last, step)
+        return Batch(self.token_ids[own], self.targets[own], self.weights[own], self.document_ids[own])
+
+    def rows(self, rank: int, size: int) -> Batch:
+        """The rows of one device out of `size`."""
+        return self.part(rank, len(self.token_ids), size)
+
 
 class Packer:
     """Fills rows with whole documents so that each source keeps its share of the tokens.

@@ -37,7 +37,7 @@ class TextEncoder(Protocol):
 class LossWeights:
     """How much a token of each part of a dialogue counts in the loss, from 0 to 1.
 
-    Headers, system turns (which hold the tool schemas) and tool results never count.
+    Headers and system turns (which hold the tool schemas) never count.
     """
 
     assistant: float = 1.0
@@ -45,6 +45,9 @@ class LossWeights:
 
     user: float = 0.0
     """Bodies of turns that a person wrote."""
+
+    tool: float = 0.0
+    """Bodies of turns that hold what tools returned."""
 
 
 class ChatTemplate:
@@ -89,7 +92,7 @@ def read_records(paths: list[Path]) -> Iterator[Record]:
 
 
 def trim_tools(record: Record, *, max_tools: int, rng: random.Random) -> Record:
-    """Drops tools that the dialogue never calls until at most `max_tools` are left.
+    """Drops tools that the dialogue never calls until a random number, 1 to `max_tools`, is left.
 
     Called tools always stay, so that no call lacks its schema; the rest is a random choice.
     """
@@ -100,7 +103,7 @@ def trim_tools(record: Record, *, max_tools: int, rng: random.Random) -> Record:
     needed = [tool for tool in tools if tool["name"] in called]
     spare = [tool for tool in tools if tool["name"] not in called]
     rng.shuffle(spare)
-    kept = needed + spare[: max(0, max_tools - len(needed))]
+    kept = needed + spare[: max(0, rng.randint(1, max_tools) - len(needed))]
     rng.shuffle(kept)
     return {**record, "tools": kept}
 
@@ -134,8 +137,8 @@ def encode_record(
             head += encoder.encode("<think>\n\n</think>\n\n")
         from_tool = turn["body"].startswith("<tool_response>")
         weight = weights.assistant if turn["role"] == "assistant" else 0.0
-        if turn["role"] == "user" and not from_tool:
-            weight = weights.user
+        if turn["role"] == "user":
+            weight = weights.tool if from_tool else weights.user
         all_ids += head + body + tail
         all_weights += [0.0] * len(head) + [weight] * len(body) + [0.0] * len(tail)
     return all_ids, all_weights

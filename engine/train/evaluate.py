@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from engine.train.attention import Segments
 from engine.train.checkpoint import write_atomically
 from engine.train.data import DataError, Documents, Packer
 from engine.train.dialogue import ChatTemplate
-from engine.train.model import Qwen3, document_mask
+from engine.train.model import Qwen3
 from engine.train.tokenizer import Encoder
 from engine.train.trainer import Trainer
 
@@ -42,8 +43,13 @@ class HeldOut:
 
     num_targets: int
     """Tokens of assistant turns that were predicted."""
-    loss: float
-    """Mean cross-entropy in nats per token."""
+    exit_losses: tuple[float, ...]
+    """Mean cross-entropy in nats per token, read off after each layer; the last is the model's."""
+
+    @property
+    def loss(self) -> float:
+        """Of the whole model."""
+        return self.exit_losses[-1]
 
     @property
     def perplexity(self) -> float:
@@ -82,17 +88,22 @@ def evaluate(
         packer = Packer(
             {source: documents}, {source: 1.0}, sequence_len=sequence_len, pad_id=pad_id, seed=0
         )
-        nats, count, rows = 0.0, 0, 0
+        nats = torch.zeros(model.config.num_hidden_layers, dtype=torch.float64)
+        count, rows = 0, 0
         while packer.state[source]["epoch"] == 0 and rows < max_rows:
             batch = packer.batch(1)
             rows += 1
-            mask = document_mask(torch.from_numpy(batch.document_ids))
-            hidden = model.hidden_states(torch.from_numpy(batch.token_ids), mask)[-1]
-            chosen = torch.from_numpy(batch.weights) > 0
-            targets = torch.from_numpy(batch.targets)[chosen]
-            nats += F.cross_entropy(model.logits(hidden[chosen]), targets, reduction="sum").item()
-            count += len(targets)
-        results[source] = HeldOut(num_targets=count, loss=nats / count)
+            segments = Segments.of(batch.document_ids, model.device)
+            ids, targets, weights = (
+                torch.from_numpy(part[0]).to(model.device)
+                for part in (batch.token_ids, batch.targets, batch.weights)
+            )
+            chosen = weights > 0
+            for index, hidden in enumerate(model.hidden_states(ids, segments)):
+                logits = model.logits(hidden[chosen])
+                nats[index] += F.cross_entropy(logits, targets[chosen], reduction="sum").item()
+            count += int(chosen.sum())
+        results[source] = HeldOut(count, tuple((nats / count).tolist()))
     return results
 
 
@@ -103,8 +114,7 @@ def generate(
     """Greedy continuation, recomputing the whole sequence for each token; for short answers."""
     ids = list(token_ids)
     for _ in range(max_tokens):
-        hidden = model.hidden_states(torch.tensor([ids]))[-1]
-        token_id = int(model.logits(hidden[0, -1]).argmax())
+        token_id = int(model(torch.tensor(ids, device=model.device))[-1].argmax())
         if token_id in stop_ids:
             break
         ids.append(token_id)

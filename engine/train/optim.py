@@ -17,7 +17,9 @@ __all__ = ["AdamW", "Muon", "learning_rate_factor", "orthogonalize", "split_para
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero, so small singular values grow fast
 
 
-def orthogonalize(matrices: Tensor, num_iterations: int = 5) -> Tensor:
+def orthogonalize(
+    matrices: Tensor, num_iterations: int = 5, *, product_dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Pulls the singular values of each matrix towards one, roughly into 0.7 to 1.2.
 
     A Newton-Schulz iteration: only products, no decomposition.
@@ -25,16 +27,17 @@ def orthogonalize(matrices: Tensor, num_iterations: int = 5) -> Tensor:
     Args:
         matrices: float [N, R, C].
         num_iterations: each multiplies small singular values by about 3.4.
+        product_dtype: type of the products; bfloat16 is exact enough for a direction.
     """
     x: Tensor
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if wide else matrices.mT
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(product_dtype)
     a, b, c = _QUINTIC
     for _ in range(num_iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide else x.mT
+    return (x if wide else x.mT).to(matrices.dtype)
 
 
 def learning_rate_factor(progress: float, *, warmup: float, decay: float) -> float:
@@ -70,6 +73,7 @@ class Muon:
         peak_lr: learning rate at factor one; the update of a matrix has spectral norm about one.
         momentum: of the gradients.
         weight_decay: decoupled, multiplied by the learning rate.
+        product_dtype: type of the products of `orthogonalize`.
     """
 
     def __init__(
@@ -79,10 +83,12 @@ class Muon:
         peak_lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        product_dtype: torch.dtype = torch.float32,
     ) -> None:
         self._parameters = parameters
         self._peak_lr = peak_lr
         self._momentum = momentum
+        self._product_dtype = product_dtype
         self._weight_decay = weight_decay
         self.state = {name: torch.zeros_like(p) for name, p in parameters.items()}
 
@@ -100,7 +106,8 @@ class Muon:
                 [_gradient(self._parameters[n]).lerp(self.state[n], self._momentum) for n in names]
             )
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            for name, update in zip(names, orthogonalize(steps), strict=True):
+            updates = orthogonalize(steps, product_dtype=self._product_dtype)
+            for name, update in zip(names, updates, strict=True):
                 parameter = self._parameters[name]
                 parameter.mul_(1 - lr * self._weight_decay).sub_(update, alpha=lr * scale)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from engine.train.data import DataError, write_documents
 from engine.train.dialogue import ChatTemplate, LossWeights, Record, read_records
 from engine.train.recipe import Recipe
+from engine.train.synthesis import MADE_SOURCES, make_records
 from engine.train.tokenizer import Encoder, train_tokenizer
 
 __all__ = ["data_files", "prepare_tokenizer", "prepare_tokens"]
@@ -42,15 +43,24 @@ def prepare_tokenizer(recipe: Recipe, data_dir: Path, path: Path) -> Encoder:
     return Encoder(path)
 
 
+def _records(recipe: Recipe, data_dir: Path, split: str) -> Iterator[Record]:
+    """Found records, then made ones."""
+    yield from read_records(data_files(data_dir, split))
+    yield from make_records(split, recipe.seed, frozenset(recipe.mixture))
+
+
 def _tokenizer_sample(recipe: Recipe, records: Iterable[Record]) -> list[str]:
-    """Texts drawn by the mixture until the sample is full; short sources are repeated."""
-    texts: dict[str, list[str]] = {source: [] for source in recipe.mixture}
+    """Texts drawn by the mixture until the sample is full; short sources are repeated.
+
+    Made records are left out: their invented words would waste pieces.
+    """
+    texts: dict[str, list[str]] = {source: [] for source in recipe.mixture.keys() - MADE_SOURCES}
     for record in records:
         if record["source"] in texts:
             texts[record["source"]].append(_plain_text(record))
     rng = random.Random(recipe.seed)
     sample: list[str] = []
-    for source, own in texts.items():
+    for source, own in sorted(texts.items()):
         if not own:
             raise DataError(f"the data has no records of source {source!r}")
         rng.shuffle(own)
@@ -91,15 +101,19 @@ def prepare_tokens(
     """
     summary = token_dir / "summary.json"
     if not summary.exists():
-        user = recipe.train.user_loss_weight if split == "train" else 0.0
+        loss = LossWeights()
+        if split == "train":
+            loss = LossWeights(
+                user=recipe.train.user_loss_weight, tool=recipe.train.tool_loss_weight
+            )
         sizes = write_documents(
-            read_records(data_files(data_dir, split)),
+            _records(recipe, data_dir, split),
             token_dir,
             sources=frozenset(recipe.mixture),
             template=template,
             encoder=encoder,
-            loss=LossWeights(user=user),
-            max_len=recipe.train.sequence_len + 1,
+            loss=loss,
+            max_len=min(recipe.train.max_document_len, recipe.train.sequence_len + 1),
             max_tools=recipe.train.max_tools,
             empty_think_fraction=recipe.train.empty_think_fraction,
             seed=recipe.seed,

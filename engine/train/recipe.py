@@ -38,6 +38,8 @@ class TrainRecipe:
 
     sequence_len: int
     """Tokens of a packed sequence."""
+    max_document_len: int
+    """Tokens after which a dialogue is cut off; at most one more than `sequence_len`."""
     batch_sequences: int
     """Sequences of one optimiser step."""
     muon_lr: float
@@ -54,12 +56,16 @@ class TrainRecipe:
     """Global gradient norm beyond which gradients are scaled down."""
     user_loss_weight: float
     """Loss weight of a person's turns; the assistant's turns have 1."""
+    tool_loss_weight: float
+    """Loss weight of what tools return."""
     max_tools: int
-    """Most tool schemas of a dialogue, unless it calls more."""
+    """Each dialogue keeps a random number of tool schemas up to this one, and all that it calls."""
     empty_think_fraction: float
     """Part of the answers preceded by an empty thinking block, as when thinking is switched off."""
+    micro_sequences: int = 0
+    """Sequences that a device computes at once; 0 for all of its share."""
     early_exit_weight: float = 0.0
-    """Weight of the summed losses of the earlier layers (LayerSkip, arXiv:2404.16710)."""
+    """Weight of the loss of one earlier layer a step (LayerSkip, arXiv:2404.16710)."""
     layer_dropout: float = 0.0
     """Drop probability of the last layer; earlier layers have exponentially less."""
 

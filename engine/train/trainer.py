@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.train.attention import Segments
 from engine.train.checkpoint import load_checkpoint, save_checkpoint
 from engine.train.data import Batch, Packer
-from engine.train.model import Qwen3, document_mask
+from engine.train.distributed import Group
+from engine.train.model import Qwen3
 from engine.train.optim import AdamW, Muon, learning_rate_factor, split_parameters
 from engine.train.recipe import TrainRecipe
 
@@ -61,28 +63,49 @@ class StepReport:
     """Used part of the budget, 0 to 1."""
 
 
-def weighted_loss(model: Qwen3, batch: Batch, recipe: TrainRecipe, skip: frozenset[int]) -> Tensor:
-    """Weighted mean cross-entropy in nats; earlier exits added if the recipe asks for them.
+def weighted_loss(
+    model: Qwen3,
+    batch: Batch,
+    *,
+    total_weight: float,
+    skip: frozenset[int] = frozenset(),
+    exit_layer: int | None = None,
+    exit_weight: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Weighted cross-entropy in nats over `total_weight`: of the last layer, and of all exits.
 
     The vocabulary product runs over positions with weight alone, which saves most of it.
+
+    Args:
+        model: the model.
+        batch: rows; their documents do not see each other.
+        total_weight: what the sum is divided by; more than the batch's own weight where the batch
+            is a part of a step.
+        skip: layers left out (layer dropout).
+        exit_layer: an earlier layer whose output goes through the head, too, or None.
+        exit_weight: weight of that exit's loss.
+
+    Returns:
+        The last layer's loss for the report, and the sum to differentiate.
     """
-    mask = document_mask(torch.from_numpy(batch.document_ids))
-    outputs = model.hidden_states(torch.from_numpy(batch.token_ids), mask, skip=skip)
-    all_weights = torch.from_numpy(batch.weights)
-    chosen = all_weights > 0
-    weights = all_weights[chosen]
-    targets = torch.from_numpy(batch.targets)[chosen]
+    device = model.device
+    segments = Segments.of(batch.document_ids, device)
+    ids, targets, weights = (
+        torch.from_numpy(part.reshape(-1)) for part in (batch.token_ids, batch.targets, batch.weights)
+    )
+    chosen = torch.nonzero(weights).squeeze(1)  # on the host: no synchronisation with a device
+    targets, weights = (x[chosen].to(device) for x in (targets, weights))
+    chosen = chosen.to(device)
+    outputs = model.hidden_states(ids.to(device), segments, skip=skip)
 
     def loss_of(hidden: Tensor) -> Tensor:
         nats = F.cross_entropy(model.logits(hidden[chosen]), targets, reduction="none")
-        return (nats * weights).sum() / weights.sum()
+        return (nats * weights).sum() / total_weight
 
     loss = loss_of(outputs[-1])
-    if recipe.early_exit_weight > 0:
-        scales = [index + 1 for index in range(len(outputs) - 1)]  # later exits count for more
-        for scale, hidden in zip(scales, outputs[:-1], strict=True):
-            loss = loss + recipe.early_exit_weight * scale / sum(scales) * loss_of(hidden)
-    return loss
+    if exit_layer is None:
+        return loss.detach(), loss
+    return loss.detach(), loss + exit_weight * loss_of(outputs[exit_layer])
 
 
 class Trainer:
@@ -93,7 +116,8 @@ class Trainer:
         packer: gives the batches.
         recipe: learning rates and schedule.
         budget: when to end.
-        seed: of layer dropout.
+        seed: of layer dropout and exits.
+        group: the devices that train together; this one alone if None.
         clock: seconds, for the durations of steps.
         wall_clock: Unix seconds, for the deadline.
     """
@@ -106,6 +130,7 @@ class Trainer:
         budget: Budget,
         *,
         seed: int,
+        group: Group | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -113,13 +138,18 @@ class Trainer:
         self._packer = packer
         self._recipe = recipe
         self._budget = budget
+        self._group = group or Group()
         self._clock = clock
         self._wall_clock = wall_clock
-        self._dropout_rng = torch.Generator().manual_seed(seed)
+        self._rng = torch.Generator().manual_seed(seed)
         matrices, others = split_parameters(model)
-        self._muon = Muon(matrices, peak_lr=recipe.muon_lr, weight_decay=recipe.weight_decay)
+        self._muon = Muon(
+            matrices,
+            peak_lr=recipe.muon_lr,
+            weight_decay=recipe.weight_decay,
+            product_dtype=model.compute_dtype,
+        )
         self._adam = AdamW(others, peak_lr=recipe.adam_lr)
-        self._started = wall_clock()
         self.num_steps = 0
         self.num_tokens = 0
         self.train_s = 0.0
@@ -140,40 +170,74 @@ class Trainer:
         return min(1.0, used)
 
     def step(self) -> StepReport:
-        """Trains on one batch."""
+        """Trains on one batch, in parts of `micro_sequences` rows on each device."""
         began = self._clock()
         recipe = self._recipe
+        progress = self._group.agreed(self.progress)
         batch = self._packer.batch(recipe.batch_sequences)
         factor = learning_rate_factor(
-            self.progress, warmup=recipe.warmup_fraction, decay=recipe.decay_fraction
+            progress, warmup=recipe.warmup_fraction, decay=recipe.decay_fraction
         )
-        loss = weighted_loss(self.model, batch, recipe, self._skipped_layers())
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self._backward(batch)
+        self._group.add_up([p.grad for p in self.model.parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
         self._muon.step(factor)
         self._adam.step(factor)
         self.model.zero_grad(set_to_none=True)
         self.num_steps += 1
         self.num_tokens += int((batch.document_ids > 0).sum())
+        self.history.append((self.num_tokens, loss))
         duration_s = self._clock() - began
         if duration_s < _LONGEST_COUNTED_STEP_S:
             self.train_s += duration_s
-        self.history.append((self.num_tokens, loss.item()))
         return StepReport(
             step=self.num_steps,
-            loss=loss.item(),
+            loss=loss,
             grad_norm=norm.item(),
             num_tokens=self.num_tokens,
             train_s=self.train_s,
             progress=self.progress,
         )
 
+    def _backward(self, batch: Batch) -> float:
+        """Gradients of this device's rows; the loss over all of them."""
+        recipe = self._recipe
+        skip, exit_layer = self._skipped_layers(), self._exit_layer()
+        total_weight = float(batch.weights.sum())
+        own = batch.rows(self._group.rank, self._group.size)
+        total = torch.zeros((), device=self.model.device)
+        for first in range(0, len(own.token_ids), recipe.micro_sequences or len(own.token_ids)):
+            shown, loss = weighted_loss(
+                self.model,
+                own.part(first, first + (recipe.micro_sequences or len(own.token_ids))),
+                total_weight=total_weight,
+                skip=skip,
+                exit_layer=exit_layer,
+                exit_weight=recipe.early_exit_weight,
+            )
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += shown
+        self._group.add_up([total])
+        return total.item()
+
+    def _exit_layer(self) -> int | None:
+        """The earlier layer that is trained as an exit in this step.
+
+        One a step, drawn with a chance that rises with depth, costs one vocabulary product instead
+        of one for each layer and has LayerSkip's weighted sum as its mean (arXiv:2404.16710).
+        """
+        num_exits = self.model.config.num_hidden_layers - 1
+        if self._recipe.early_exit_weight <= 0 or num_exits < 1:
+            return None
+        chances = torch.arange(1.0, num_exits + 1)
+        return int(torch.multinomial(chances, 1, generator=self._rng))
+
     def _skipped_layers(self) -> frozenset[int]:
         """A draw of layer dropout: exponential in depth, as in LayerSkip (arXiv:2404.16710)."""
         last = self.model.config.num_hidden_layers - 1
         if self._recipe.layer_dropout <= 0 or last < 1:
             return frozenset()
-        draws = torch.rand(last + 1, generator=self._dropout_rng).tolist()
+        draws = torch.rand(last + 1, generator=self._rng).tolist()
         rates = [self._recipe.layer_dropout * (2 ** (i / last) - 1) for i in range(last + 1)]
         return frozenset(i for i, rate in enumerate(rates) if draws[i] < rate)
 
@@ -182,7 +246,7 @@ class Trainer:
         tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         for part, own in self._optimizer_tensors().items():
             tensors |= {f"{part}.{name}": tensor for name, tensor in own.items()}
-        tensors["dropout_rng"] = self._dropout_rng.get_state()
+        tensors["rng"] = self._rng.get_state()
         state: dict[str, Any] = {
             "step": self.num_steps,
             "num_tokens": self.num_tokens,
@@ -206,7 +270,7 @@ class Trainer:
             for part, own in self._optimizer_tensors().items():
                 for name, tensor in own.items():
                     tensor.copy_(tensors[f"{part}.{name}"])
-        self._dropout_rng.set_state(tensors["dropout_rng"])
+        self._rng.set_state(tensors["rng"])
         self._packer.restore(state["packer"])
         self._adam.num_steps = state["adam_steps"]
         self.num_steps = state["step"]
