@@ -21,15 +21,16 @@ import torch
 
 from engine.train.data import DataError, Documents, Packer
 from engine.train.dialogue import ChatTemplate
+from engine.train.distributed import Group
 from engine.train.evaluate import evaluate, sample_answers, write_report
 from engine.train.export import export
-from engine.train.distributed import Group
 from engine.train.model import Qwen3, compute_dtype_of
 from engine.train.prepare import prepare_tokenizer, prepare_tokens
 from engine.train.progress import Progress, draw_loss
 from engine.train.recipe import Recipe, RecipeError, load_recipe
 from engine.train.tokenizer import Encoder
 from engine.train.trainer import Budget, Trainer
+from engine.train.utilisation import measured_peak
 
 __all__ = ["main"]
 
@@ -93,7 +94,7 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(name)
 
 
@@ -108,18 +109,39 @@ def _packer(recipe: Recipe, token_dir: Path, pad_id: int) -> Packer:
     )
 
 
-def _train(args: argparse.Namespace, recipe: Recipe) -> tuple[Trainer, Encoder, str]:
-    out, tokenizer_path = args.out, args.out / "tokenizer.model"
-    source = (_ASSETS / "chat_template.jinja").read_text(encoding="utf-8")
-    template = ChatTemplate(source)
-    encoder = prepare_tokenizer(recipe, args.data, tokenizer_path)
-    for split in ("train", "heldout"):
-        prepare_tokens(
-            recipe, args.data, out / "tokens" / split, split, encoder=encoder, template=template
-        )
-    device = _device(args.device)
+def _prepared(args: argparse.Namespace, recipe: Recipe, group: Group) -> Encoder:
+    """Tokenizer and token files, made by the first process while the others wait."""
+    template = ChatTemplate(_template_source())
+    for own_turn in (group.rank == 0, group.rank != 0):
+        if own_turn:
+            encoder = prepare_tokenizer(recipe, args.data, args.out / "tokenizer.model")
+            for split in ("train", "heldout"):
+                prepare_tokens(
+                    recipe,
+                    args.data,
+                    args.out / "tokens" / split,
+                    split,
+                    encoder=encoder,
+                    template=template,
+                )
+        group.agreed(0.0)
+    return encoder
+
+
+def _template_source() -> str:
+    return (_ASSETS / "chat_template.jinja").read_text(encoding="utf-8")
+
+
+def _train(
+    args: argparse.Namespace, recipe: Recipe, device: torch.device, group: Group
+) -> tuple[Trainer, Encoder, float]:
+    """The trained model, its encoder, and the share of the devices' peak that was used."""
+    out = args.out
+    encoder = _prepared(args, recipe, group)
+    dtype = compute_dtype_of(device)
+    peak = measured_peak(device, dtype) * group.size
     torch.manual_seed(recipe.seed)
-    model = Qwen3(recipe.model, compute_dtype_of(device)).to(device)
+    model = Qwen3(recipe.model, dtype).to(device)
     if not args.no_compile:
         model.compile_blocks()
     trainer = Trainer(
@@ -132,24 +154,36 @@ def _train(args: argparse.Namespace, recipe: Recipe) -> tuple[Trainer, Encoder, 
             deadline=args.deadline,
         ),
         seed=recipe.seed,
+        group=group,
     )
     trainer.resume(out / "checkpoint")
-    export_dir = args.export or out / "model"
-    export_every_s = args.export_every * 60
-    next_export_s = trainer.train_s + export_every_s
-    with Progress() as progress, _terminated() as stopping:
+
+    def keep() -> None:
+        trainer.save(out / "checkpoint")
+        export_dir = args.export or out / "model"
+        export(model, encoder, out / "tokenizer.model", _template_source(), export_dir)
+        draw_loss(trainer.history, out / "loss.png")
+
+    utilisation = 0.0
+    next_export_s = trainer.train_s + args.export_every * 60
+    with contextlib.ExitStack() as stack:
+        stopping = stack.enter_context(_terminated())
+        progress = stack.enter_context(Progress(peak)) if group.rank == 0 else None
         while trainer.progress < 1.0:
-            if stopping.is_set():
-                trainer.save(out / "checkpoint")
+            if group.agreed(float(stopping.is_set())):
+                if group.rank == 0:
+                    trainer.save(out / "checkpoint")
                 raise SystemExit("stopped: the next run with this --out goes on from here")
             report = trainer.step()
-            progress.show(report)
-            if report.train_s >= next_export_s or report.progress >= 1.0:
-                next_export_s = report.train_s + export_every_s
-                trainer.save(out / "checkpoint")
-                export(trainer.model, encoder, tokenizer_path, source, export_dir)
-                draw_loss(trainer.history, out / "loss.png")
-    return trainer, encoder, source
+            utilisation = report.flops / max(report.active_s, 1e-9) / peak
+            if progress is not None:
+                progress.show(report)
+                if report.train_s >= next_export_s:
+                    next_export_s = report.train_s + args.export_every * 60
+                    keep()
+        if group.rank == 0:
+            keep()
+    return trainer, encoder, utilisation
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,7 +194,14 @@ def main(argv: list[str] | None = None) -> int:
     _keep_freed_memory()
     try:
         recipe = load_recipe(args.recipe)
-        trainer, encoder, source = _train(args, recipe)
+        device = _device(args.device)
+        group = Group.join(device.type)
+        try:
+            trainer, encoder, utilisation = _train(args, recipe, device, group)
+        finally:
+            group.leave()
+        if group.rank > 0:
+            return 0
         losses = evaluate(
             trainer.model,
             args.out / "tokens" / "heldout",
@@ -168,11 +209,11 @@ def main(argv: list[str] | None = None) -> int:
             sequence_len=recipe.train.sequence_len,
             pad_id=encoder.id_of("<|endoftext|>"),
         )
-        answers = sample_answers(trainer.model, encoder, ChatTemplate(source))
+        answers = sample_answers(trainer.model, encoder, ChatTemplate(_template_source()))
     except (DataError, RecipeError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_report(args.out / "report.json", trainer, losses, answers)
+    write_report(args.out / "report.json", trainer, losses, answers, utilisation=utilisation)
     print(f"done: {trainer.num_steps} steps, {trainer.num_tokens} tokens; see {args.out}")
     return 0
 

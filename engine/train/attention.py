@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-__all__ = ["Segments", "attend", "attend_flex"]
+__all__ = ["Segments", "attend", "attend_flex", "block_mask_of"]
 
 _forward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -46,10 +46,7 @@ class Segments:
         starts = np.flatnonzero(borders)
         lengths = np.diff(np.append(starts, rows.size))
         positions = np.arange(rows.size) - np.repeat(starts, lengths)
-        mask = None
-        if device.type != "cpu":
-            index = np.repeat(np.arange(len(lengths)), lengths)
-            mask = _block_mask(torch.from_numpy(index).to(device))
+        mask = None if device.type == "cpu" else block_mask_of(lengths, device)
         return cls(tuple(lengths.tolist()), torch.from_numpy(positions).to(device), mask)
 
     @classmethod
@@ -58,15 +55,15 @@ class Segments:
         return cls.of(np.zeros((1, num_tokens), dtype=np.int64), device)
 
 
-def _block_mask(document_index: Tensor) -> BlockMask:
-    """Causal inside a document; `document_index` is int64 [N]."""
+def block_mask_of(lengths: npt.NDArray[np.int64], device: torch.device) -> BlockMask:
+    """Causal inside each of the documents that have these lengths."""
+    numbers = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device)
 
     def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (document_index[query] == document_index[key])
+        return (query >= key) & (numbers[query] == numbers[key])
 
-    num_tokens = len(document_index)
-    device = str(document_index.device)
-    return create_block_mask(visible, None, None, num_tokens, num_tokens, device=device)
+    size = len(numbers)
+    return create_block_mask(visible, None, None, size, size, device=str(device))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -85,13 +82,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         return attend_flex(q, k, v, segments.block_mask)
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    mixed: Tensor = _EachDocument.apply(q, k, v, segments.lengths)
+    mixed: Tensor = _EachDocument.apply(q, k, v, segments.lengths)  # type: ignore[no-untyped-call]
     return mixed
 
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
     """`attend` as one kernel; shapes as there."""
-    kernel = torch.compile(flex_attention) if q.is_cuda else flex_attention
+    kernel: Any = torch.compile(flex_attention) if q.is_cuda else flex_attention
     heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
     mixed: Tensor = kernel(*heads_first, block_mask=block_mask, enable_gqa=True)
     return mixed[0].transpose(0, 1)
@@ -131,4 +128,4 @@ class _EachDocument(torch.autograd.Function):
             views = (_heads_first(x, part) for x in (grad, q, k, v, mixed))
             for output, own in zip(outputs, _backward(*views, log_sum, 0.0, True), strict=True):
                 output[part] = own[0].transpose(0, 1)
-        return (*outputs, None)
+        return outputs[0], outputs[1], outputs[2], None

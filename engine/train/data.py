@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from engine.train.dialogue import (
     trim_tools,
 )
 
-__all__ = ["Batch", "DataError", "Documents", "Packer", "write_documents"]
+__all__ = ["Ahead", "Batch", "DataError", "Documents", "Packer", "write_documents"]
 
 IntArray = npt.NDArray[np.integer[Any]]
+
+PackerState = dict[str, dict[str, int]]
 
 _WEIGHT_SCALE = 100  # loss weights are stored as hundredths in a byte
 
@@ -144,7 +147,9 @@ class Batch:
     def part(self, first: int, last: int, step: int = 1) -> Batch:
         """The rows `first`, `first + step`, ... before `last`."""
         own = slice(first, last, step)
-        return Batch(self.token_ids[own], self.targets[own], self.weights[own], self.document_ids[own])
+        return Batch(
+            self.token_ids[own], self.targets[own], self.weights[own], self.document_ids[own]
+        )
 
     def rows(self, rank: int, size: int) -> Batch:
         """The rows of one device out of `size`."""
@@ -186,7 +191,7 @@ class Packer:
         self._order = {source: self._shuffled(source) for source in mixture}
 
     @property
-    def state(self) -> dict[str, dict[str, int]]:
+    def state(self) -> PackerState:
         """Epoch, cursor and tokens given so far, by source."""
         return {
             source: {
@@ -197,7 +202,7 @@ class Packer:
             for source in self._mixture
         }
 
-    def restore(self, state: dict[str, dict[str, int]]) -> None:
+    def restore(self, state: PackerState) -> None:
         """Goes to a place that `state` gave; raises `DataError` for that of another mixture."""
         if set(state) != set(self._mixture):
             raise DataError(
@@ -256,3 +261,39 @@ class Packer:
         key = [self._seed, self._epoch[source], *source.encode()]
         order: IntArray = np.random.default_rng(key).permutation(len(self._documents[source]))
         return order
+
+
+class Ahead:
+    """A packer that fills the next batch in a thread while the device computes the present one.
+
+    Args:
+        packer: gives the batches; nobody else uses it.
+        num_rows: rows of a batch.
+    """
+
+    def __init__(self, packer: Packer, num_rows: int) -> None:
+        self._packer = packer
+        self._num_rows = num_rows
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="packer")
+        self._next: Future[tuple[Batch, PackerState]] | None = None
+        self.state = packer.state
+        """The place in the data behind the batch that was given last."""
+
+    def batch(self) -> Batch:
+        """The next rows."""
+        waiting = self._next or self._pool.submit(self._fill)
+        batch, self.state = waiting.result()
+        self._next = self._pool.submit(self._fill)
+        return batch
+
+    def restore(self, state: PackerState) -> None:
+        """Goes to a place that `state` gave; raises `DataError` for that of another mixture."""
+        if self._next is not None:
+            self._next.result()
+            self._next = None
+        self._packer.restore(state)
+        self.state = state
+
+    def _fill(self) -> tuple[Batch, PackerState]:
+        batch = self._packer.batch(self._num_rows)
+        return batch, self._packer.state

@@ -139,6 +139,8 @@ def write_report(
     trainer: Trainer,
     losses: dict[str, HeldOut],
     answers: list[Answer],
+    *,
+    utilisation: float,
 ) -> None:
     """Writes what the run used and what came out as JSON, the source of the model card."""
     document: dict[str, Any] = {
@@ -146,11 +148,13 @@ def write_report(
         "num_steps": trainer.num_steps,
         "num_tokens": trainer.num_tokens,
         "train_s": round(trainer.train_s),
+        "utilisation": round(utilisation, 3),
         "heldout": {
             source: {
                 "num_targets": result.num_targets,
                 "loss": round(result.loss, 4),
                 "perplexity": round(result.perplexity, 3),
+                "exit_losses": [round(loss, 4) for loss in result.exit_losses],
             }
             for source, result in losses.items()
         },

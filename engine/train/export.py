@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from engine.train.checkpoint import write_atomically
 from engine.train.model import ModelConfig, Qwen3
 from engine.train.tokenizer import Encoder, write_tokenizer_config
 
-__all__ = ["export", "hugging_face_config"]
+__all__ = ["MAX_SHARD_BYTES", "export", "hugging_face_config"]
+
+MAX_SHARD_BYTES = 15 << 20
+"""Most bytes of tensors in a weight file; with its header a file stays under 16 MiB."""
 
 
 def hugging_face_config(config: ModelConfig, encoder: Encoder) -> dict[str, Any]:
@@ -49,7 +53,15 @@ def hugging_face_config(config: ModelConfig, encoder: Encoder) -> dict[str, Any]
     }
 
 
-def export(model: Qwen3, encoder: Encoder, tokenizer_path: Path, template: str, out: Path) -> None:
+def export(
+    model: Qwen3,
+    encoder: Encoder,
+    tokenizer_path: Path,
+    template: str,
+    out: Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
     """Writes weights in bfloat16, configuration, tokenizer and chat template to `out`.
 
     Files are replaced one by one, each atomically, so that a server may read `out` meanwhile.
@@ -73,10 +85,45 @@ def export(model: Qwen3, encoder: Encoder, tokenizer_path: Path, template: str, 
         },
     )
     weights = {
-        name: parameter.detach().to(torch.bfloat16).contiguous()
+        name: parameter.detach().to("cpu", torch.bfloat16).contiguous()
         for name, parameter in model.named_parameters()
     }
-    write_atomically(out / "model.safetensors", save(weights, metadata={"format": "pt"}))
+    _write_weights(out, weights, max_shard_bytes=max_shard_bytes)
+
+
+def _write_weights(out: Path, weights: dict[str, Tensor], *, max_shard_bytes: int) -> None:
+    """One file, or shards with an index; the files of an earlier export go last."""
+    shards = _shards(weights, max_shard_bytes)
+    metadata = {"format": "pt"}
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for name, own in zip(names, shards, strict=True):
+        write_atomically(out / name, save({key: weights[key] for key in own}, metadata=metadata))
+    index = out / "model.safetensors.index.json"
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in weights.values())
+        places = {key: name for name, own in zip(names, shards, strict=True) for key in own}
+        _write_json(index, {"metadata": {"total_size": total}, "weight_map": places})
+    else:
+        index.unlink(missing_ok=True)
+    for other in out.glob("model*.safetensors"):
+        if other.name not in names:
+            other.unlink()
+
+
+def _shards(weights: dict[str, Tensor], max_bytes: int) -> list[list[str]]:
+    """Names in order, cut so that no shard has more than `max_bytes` unless one tensor has."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, tensor in weights.items():
+        if shards[-1] and used + tensor.nbytes > max_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += tensor.nbytes
+    return shards
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

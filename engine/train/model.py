@@ -92,27 +92,6 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
 
-class Layer(nn.Module):
-    """Attention, then feed-forward, each on a normed input and added to the residual stream."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size)
-        self.mlp = FeedForward(config)
-
-
-class Backbone(nn.Module):
-    """Embeddings, layers and final norm: the `model.` part of the checkpoint."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size)
-
-
 def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, gain.shape, gain, eps)
 
@@ -137,7 +116,7 @@ def _before_attention(
     joined = F.linear(_normed(x, gain, eps).to(dtype), torch.cat(matrices).to(dtype))
     head_dim = head_gains[0].shape[0]
     num_heads = [len(matrix) // head_dim for matrix in matrices]
-    q, k, v = joined.unflatten(1, (-1, head_dim)).split(num_heads, dim=1)
+    q, k, v = torch.split(joined.view(len(x), -1, head_dim), num_heads, dim=1)
     q, k = (
         _rotate(_normed(y.float(), own, eps), cos, sin).to(dtype)
         for y, own in zip((q, k), head_gains, strict=True)
@@ -162,6 +141,70 @@ def _after_attention(
     return x + F.linear(F.silu(gated) * upper, down.to(dtype)).float()
 
 
+def _surprise(
+    hidden: Tensor, gain: Tensor, head: Tensor, targets: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """Cross-entropy in nats [M] of `targets` [M] after `hidden` [M, E]; head [vocabulary, E]."""
+    logits = F.linear(_normed(hidden, gain, eps).to(dtype), head.to(dtype)).float()
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+@dataclass(slots=True)
+class _Blocks:
+    """The code between attentions, plain or compiled, with the constants that it needs."""
+
+    eps: float
+    dtype: torch.dtype
+    before: Callable[..., tuple[Tensor, Tensor, Tensor]] = _before_attention
+    after: Callable[..., Tensor] = _after_attention
+    surprise: Callable[..., Tensor] = _surprise
+
+
+class Layer(nn.Module):
+    """Attention, then feed-forward, each on a normed input and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size)
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments, blocks: _Blocks
+    ) -> Tensor:
+        """The layer's output of `x`, both [N, E]."""
+        own, mlp = self.self_attn, self.mlp
+        q, k, v = blocks.before(
+            x,
+            self.input_layernorm.weight,
+            (own.q_proj.weight, own.k_proj.weight, own.v_proj.weight),
+            (own.q_norm.weight, own.k_norm.weight),
+            rotary,
+            blocks.eps,
+            blocks.dtype,
+        )
+        return blocks.after(
+            x,
+            attend(q, k, v, segments),
+            own.o_proj.weight,
+            self.post_attention_layernorm.weight,
+            (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight),
+            blocks.eps,
+            blocks.dtype,
+        )
+
+
+class Backbone(nn.Module):
+    """Embeddings, layers and final norm: the `model.` part of the checkpoint."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size)
+
+
 class Qwen3(nn.Module):
     """The language model, its output head tied to the embeddings.
 
@@ -175,8 +218,7 @@ class Qwen3(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.model = Backbone(config)
-        self._before: Callable[..., tuple[Tensor, Tensor, Tensor]] = _before_attention
-        self._after: Callable[..., Tensor] = _after_attention
+        self._blocks = _Blocks(config.rms_norm_eps, compute_dtype)
         # Every matrix that writes into the residual stream starts small, so that the stream's
         # variance does not grow with depth (GPT-2 report, section 2.3).
         deep_std = 0.02 / (2 * config.num_hidden_layers) ** 0.5
@@ -192,8 +234,10 @@ class Qwen3(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compiles what lies between attentions: a fifth faster on a CPU, far more on a GPU."""
-        self._before = torch.compile(_before_attention, dynamic=False)
-        self._after = torch.compile(_after_attention, dynamic=False)
+        self._blocks.before = torch.compile(_before_attention, dynamic=False)
+        self._blocks.after = torch.compile(_after_attention, dynamic=False)
+        # The number of weighted positions differs from step to step.
+        self._blocks.surprise = torch.compile(_surprise, dynamic=True)
 
     def hidden_states(
         self, token_ids: Tensor, segments: Segments, *, skip: frozenset[int] = frozenset()
@@ -205,31 +249,12 @@ class Qwen3(nn.Module):
             segments: the documents, which do not see each other.
             skip: layers that pass their input through (layer dropout).
         """
-        dtype, eps = self.compute_dtype, self.config.rms_norm_eps
         rotary = self._rotary(segments.positions)
         x = self.model.embed_tokens(token_ids)
         outputs = []
         for index, layer in enumerate(self.model.layers):
             if index not in skip:
-                part, mlp = layer.self_attn, layer.mlp
-                q, k, v = self._before(
-                    x,
-                    layer.input_layernorm.weight,
-                    (part.q_proj.weight, part.k_proj.weight, part.v_proj.weight),
-                    (part.q_norm.weight, part.k_norm.weight),
-                    rotary,
-                    eps,
-                    dtype,
-                )
-                x = self._after(
-                    x,
-                    attend(q, k, v, segments),
-                    part.o_proj.weight,
-                    layer.post_attention_layernorm.weight,
-                    (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight),
-                    eps,
-                    dtype,
-                )
+                x = layer(x, rotary, segments, self._blocks)
             outputs.append(x)
         return outputs
 
@@ -245,6 +270,18 @@ class Qwen3(nn.Module):
         normed = _normed(hidden, self.model.norm.weight, self.config.rms_norm_eps)
         weight = self.model.embed_tokens.weight
         return F.linear(normed.to(self.compute_dtype), weight.to(self.compute_dtype)).float()
+
+    def surprise(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy in nats [M] of `targets` [M] where a layer's output is `hidden` [M, E]."""
+        blocks = self._blocks
+        return blocks.surprise(
+            hidden,
+            self.model.norm.weight,
+            self.model.embed_tokens.weight,
+            targets,
+            blocks.eps,
+            blocks.dtype,
+        )
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Logits [T, vocabulary] of one document `token_ids` [T]."""

@@ -17,9 +17,15 @@ _LINE_EVERY_STEPS = 25
 
 
 class Progress:
-    """A bar on a terminal; in a log file, one line every 25 steps."""
+    """A bar on a terminal; in a log file, one line every 25 steps.
 
-    def __init__(self, console: Console | None = None) -> None:
+    Args:
+        peak_flops: operations a second of the devices, for the utilisation; None: unknown.
+        console: where to write; the terminal if None.
+    """
+
+    def __init__(self, peak_flops: float | None = None, console: Console | None = None) -> None:
+        self._peak_flops = peak_flops
         self._console = console or Console()
         self._bar = Bar(
             TextColumn("training"),
@@ -54,6 +60,8 @@ class Progress:
             f"step {report.step}  loss {self._loss:.3f}  norm {report.grad_norm:.2f}  "
             f"{report.num_tokens / 1e6:.2f}M tokens  {tokens_per_s:.0f}/s"
         )
+        if self._peak_flops and report.active_s:
+            note += f"  MFU {report.flops / report.active_s / self._peak_flops:.0%}"
         self._bar.update(self._task, completed=report.progress, note=note)
         if not self._console.is_terminal and report.step % _LINE_EVERY_STEPS == 1:
             self._console.print(f"{report.progress:6.1%}  {note}", soft_wrap=True, highlight=False)

@@ -24,32 +24,47 @@ _SYSTEMS = (
     "Answer the user. Call a tool if it helps.",
 )
 _VERBS = (
-    "find get search list create add remove update send book cancel check open close start stop "
-    "set read write show move copy order rent buy sell play track count convert"
-).split()
+    "find", "get", "search", "list", "create", "add", "remove", "update", "send", "book",
+    "cancel", "check", "open", "close", "start", "stop", "set", "read", "write", "show", "move",
+    "copy", "order", "rent", "buy", "sell", "play", "track", "count", "convert",
+)  # fmt: skip
 _NOUNS = (
-    "flight hotel room car ticket order product song movie book recipe message email event "
-    "reminder note file photo account invoice payment table parcel train bus taxi doctor "
-    "appointment garden lamp door alarm timer report team task customer house ship museum"
-).split()
+    "flight", "hotel", "room", "car", "ticket", "order", "product", "song", "movie", "book",
+    "recipe", "message", "email", "event", "reminder", "note", "file", "photo", "account",
+    "invoice", "payment", "table", "parcel", "train", "bus", "taxi", "doctor", "appointment",
+    "garden", "lamp", "door", "alarm", "timer", "report", "team", "task", "customer", "house",
+    "ship", "museum",
+)  # fmt: skip
 _FIELDS = (
-    "name title city place origin destination date day time category colour size brand artist "
-    "author genre topic owner sender receiver subject text query code number amount price "
-    "quantity guests nights rating language currency unit priority status address street phone"
-).split()
-_WHOLE = frozenset("number amount price quantity guests nights rating priority".split())
-_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday today tomorrow".split()
-_ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pr qu r s sh sl st t th tr v w z".split()
-_VOWELS = "a e i o u ai ee ia oo ou".split()
-_CODAS = ["", "", "", "l", "n", "r", "s", "t", "nd", "rk", "m", "x"]
+    "name", "title", "city", "place", "origin", "destination", "date", "day", "time",
+    "category", "colour", "size", "brand", "artist", "author", "genre", "topic", "owner",
+    "sender", "receiver", "subject", "text", "query", "code", "number", "amount", "price",
+    "quantity", "guests", "nights", "rating", "language", "currency", "unit", "priority",
+    "status", "address", "street", "phone",
+)  # fmt: skip
+_WHOLE = frozenset(
+    ("number", "amount", "price", "quantity", "guests", "nights", "rating", "priority")
+)
+_DAYS = (
+    "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday", "today",
+    "tomorrow",
+)  # fmt: skip
+_ONSETS = (
+    "b", "br", "c", "ch", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "kl", "l", "m",
+    "n", "p", "pr", "qu", "r", "s", "sh", "sl", "st", "t", "th", "tr", "v", "w", "z",
+)  # fmt: skip
+_VOWELS = ("a", "e", "i", "o", "u", "ai", "ee", "ia", "oo", "ou")
+_CODAS = ("", "", "", "l", "n", "r", "s", "t", "nd", "rk", "m", "x")
 _GOODS = (
-    "laptop bag;backpack;desk lamp;coffee maker;pair of headphones;bicycle;suitcase;office chair;"
-    "tent;keyboard;watch;water bottle;rain jacket;camera;pair of shoes;phone case"
-).split(";")
+    "laptop bag", "backpack", "desk lamp", "coffee maker", "pair of headphones", "bicycle",
+    "suitcase", "office chair", "tent", "keyboard", "watch", "water bottle", "rain jacket",
+    "camera", "pair of shoes", "phone case",
+)  # fmt: skip
 _FEATURES = (
-    "waterproof;light;with many pockets;with a long warranty;very quiet;made of leather;foldable;"
-    "with a padded strap;small;easy to clean;made of recycled material;with a fast charger"
-).split(";")
+    "waterproof", "light", "with many pockets", "with a long warranty", "very quiet",
+    "made of leather", "foldable", "with a padded strap", "small", "easy to clean",
+    "made of recycled material", "with a fast charger",
+)  # fmt: skip
 
 
 def _word(rng: random.Random) -> str:
@@ -70,7 +85,10 @@ def _code(rng: random.Random) -> str:
 
 
 def _clock(rng: random.Random) -> str:
-    hour, minute = rng.randint(1, 12), rng.choice(("", ":15", ":30", ":45", f":{rng.randint(1, 59):02}"))
+    hour, minute = (
+        rng.randint(1, 12),
+        rng.choice(("", ":15", ":30", ":45", f":{rng.randint(1, 59):02}")),
+    )
     return f"{hour}{minute} {rng.choice(('am', 'pm'))}"
 
 
@@ -136,9 +154,7 @@ def _wish(tool: Record, arguments: Record, rng: random.Random) -> str:
 def _arguments(tool: Record, rng: random.Random) -> Record:
     schema = tool["parameters"]
     chosen = [
-        field
-        for field in schema["properties"]
-        if field in schema["required"] or rng.random() < 0.5
+        field for field in schema["properties"] if field in schema["required"] or rng.random() < 0.5
     ]
     return {field: _value(field, rng) for field in chosen}
 
@@ -196,15 +212,24 @@ def _sum(rng: random.Random) -> tuple[str, str, str, float]:
         percent = rng.randint(1, 99)
         sign = rng.choice(("%", " %", " percent"))
         number = _grouped(a, rng)
-        question = rng.choice(("What is {p} of {n}?", "How much is {p} of {n}?", "what's {p} of {n}",
-                               "Calculate {p} of {n}.", "{p} of {n}?"))  # fmt: skip
+        question = rng.choice(("What is {p} of {n}?", "How much is {p} of {n}?",
+                               "what's {p} of {n}", "Calculate {p} of {n}.",
+                               "{p} of {n}?"))  # fmt: skip
         asked = question.format(p=f"{percent}{sign}", n=number)
-        return asked, f"{a} * {percent} / 100", f"{percent}% of {number} is {{}}.", a * percent / 100
-    operator, words = rng.choice((("+", "plus"), ("-", "minus"), ("*", "times"), ("/", "divided by")))
+        return (
+            asked,
+            f"{a} * {percent} / 100",
+            f"{percent}% of {number} is {{}}.",
+            a * percent / 100,
+        )
+    words = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
+    operator = rng.choice("+-*/")
     value = {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[operator]
-    written = rng.choice((words, operator, "x" if operator == "*" else operator))
+    written = rng.choice((words[operator], operator, "x" if operator == "*" else operator))
     text = f"{_grouped(a, rng)} {written} {b}"
-    question = rng.choice(("What is {}?", "Calculate {}.", "How much is {}?", "{} = ?", "Work out {}"))
+    question = rng.choice(
+        ("What is {}?", "Calculate {}.", "How much is {}?", "{} = ?", "Work out {}")
+    )
     return question.format(text), f"{a} {operator} {b}", f"{text} is {{}}.", value
 
 
@@ -238,7 +263,9 @@ def _sums(rng: random.Random) -> Record:
 
 def _recall(rng: random.Random) -> Record:
     """A person tells something and asks for it later."""
-    what = rng.choice(("name", "cat", "dog", "favourite colour", "password", "city", "train", "street"))
+    what = rng.choice(
+        ("name", "cat", "dog", "favourite colour", "password", "city", "train", "street")
+    )
     value = _code(rng) if what in ("password", "train") else _name(rng)
     told = rng.choice(("My {w} is {v}.", "Remember: my {w} is {v}.", "Hi! My {w} is {v}."))
     turns: list[Record] = [
@@ -292,7 +319,9 @@ def _choice(rng: random.Random) -> Record:
                        f"{question} Here is the list:\n{listing}"))  # fmt: skip
     answer = f"I recommend the {names[best]}: {why}, and it is {features[best]}."
     answer = answer.replace("it is with", "it comes with")
-    return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]}
+    return {
+        "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+    }
 
 
 _MAKERS: dict[str, tuple[Callable[[random.Random], Record], int]] = {

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.train.attention import Segments
 from engine.train.checkpoint import load_checkpoint, save_checkpoint
-from engine.train.data import Batch, Packer
+from engine.train.data import Ahead, Batch, Packer
 from engine.train.distributed import Group
 from engine.train.model import Qwen3
 from engine.train.optim import AdamW, Muon, learning_rate_factor, split_parameters
 from engine.train.recipe import TrainRecipe
+from engine.train.utilisation import step_flops
 
 __all__ = ["Budget", "StepReport", "Trainer", "weighted_loss"]
 
@@ -61,6 +61,10 @@ class StepReport:
     """Seconds of computing so far."""
     progress: float
     """Used part of the budget, 0 to 1."""
+    flops: float
+    """Operations that the steps since the start or the resumption needed."""
+    active_s: float
+    """Seconds that these steps took."""
 
 
 def weighted_loss(
@@ -91,7 +95,8 @@ def weighted_loss(
     device = model.device
     segments = Segments.of(batch.document_ids, device)
     ids, targets, weights = (
-        torch.from_numpy(part.reshape(-1)) for part in (batch.token_ids, batch.targets, batch.weights)
+        torch.from_numpy(part.reshape(-1))
+        for part in (batch.token_ids, batch.targets, batch.weights)
     )
     chosen = torch.nonzero(weights).squeeze(1)  # on the host: no synchronisation with a device
     targets, weights = (x[chosen].to(device) for x in (targets, weights))
@@ -99,8 +104,7 @@ def weighted_loss(
     outputs = model.hidden_states(ids.to(device), segments, skip=skip)
 
     def loss_of(hidden: Tensor) -> Tensor:
-        nats = F.cross_entropy(model.logits(hidden[chosen]), targets, reduction="none")
-        return (nats * weights).sum() / total_weight
+        return (model.surprise(hidden[chosen], targets) * weights).sum() / total_weight
 
     loss = loss_of(outputs[-1])
     if exit_layer is None:
@@ -135,10 +139,15 @@ class Trainer:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.model = model
-        self._packer = packer
+        self._packer = Ahead(packer, recipe.batch_sequences)
         self._recipe = recipe
         self._budget = budget
         self._group = group or Group()
+        if recipe.batch_sequences % self._group.size:
+            raise ValueError(
+                f"batch_sequences={recipe.batch_sequences} must be a multiple of the number of "
+                f"devices, {self._group.size}"
+            )
         self._clock = clock
         self._wall_clock = wall_clock
         self._rng = torch.Generator().manual_seed(seed)
@@ -154,10 +163,15 @@ class Trainer:
         self.num_tokens = 0
         self.train_s = 0.0
         self.history: list[tuple[int, float]] = []
+        self._flops = 0.0
+        self._active_s = 0.0
 
     @property
     def progress(self) -> float:
-        """Used part of the budget, 0 to 1."""
+        """Used part of the budget, 0 to 1; the same on all devices, for clocks differ."""
+        return self._group.agreed(self._own_progress())
+
+    def _own_progress(self) -> float:
         budget = self._budget
         if budget.num_steps is not None:
             return min(1.0, self.num_steps / budget.num_steps)
@@ -173,10 +187,9 @@ class Trainer:
         """Trains on one batch, in parts of `micro_sequences` rows on each device."""
         began = self._clock()
         recipe = self._recipe
-        progress = self._group.agreed(self.progress)
-        batch = self._packer.batch(recipe.batch_sequences)
+        batch = self._packer.batch()
         factor = learning_rate_factor(
-            progress, warmup=recipe.warmup_fraction, decay=recipe.decay_fraction
+            self.progress, warmup=recipe.warmup_fraction, decay=recipe.decay_fraction
         )
         loss = self._backward(batch)
         self._group.add_up([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -190,6 +203,9 @@ class Trainer:
         duration_s = self._clock() - began
         if duration_s < _LONGEST_COUNTED_STEP_S:
             self.train_s += duration_s
+            self._active_s += duration_s
+            exits = 2 if recipe.early_exit_weight > 0 else 1
+            self._flops += step_flops(self.model.config, batch, num_exits=exits)
         return StepReport(
             step=self.num_steps,
             loss=loss,
@@ -197,6 +213,8 @@ class Trainer:
             num_tokens=self.num_tokens,
             train_s=self.train_s,
             progress=self.progress,
+            flops=self._flops,
+            active_s=self._active_s,
         )
 
     def _backward(self, batch: Batch) -> float:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from engine.train.attention import Segments, attend, attend_flex, block_mask_of
 from engine.train.export import export
-from engine.train.model import ModelConfig, Qwen3, document_mask
+from engine.train.model import ModelConfig, Qwen3
 from engine.train.tokenizer import CONTROL_TOKENS, Encoder, train_tokenizer
+
+CPU = torch.device("cpu")
 
 
 def config(**sizes: int) -> ModelConfig:
@@ -59,23 +64,98 @@ def test_exported_model_has_the_logits_of_transformers(
     with torch.no_grad():  # the export rounds, so compare at the rounded weights
         for parameter in model.parameters():
             parameter.copy_(parameter.to(torch.bfloat16).float())
-    ids = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 320, (40,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(model(ids), theirs(ids[None]).logits[0], atol=2e-4, rtol=1e-4)
     assert theirs.config.eos_token_id == encoder.id_of("<|im_end|>")
 
 
-def test_masked_documents_do_not_see_each_other() -> None:
+def test_large_weights_are_written_in_shards(tmp_path: Path, encoder: Encoder) -> None:
     model = spread(Qwen3(config()))
-    first, second = torch.randint(0, 320, (1, 7)), torch.randint(0, 320, (1, 9))
-    together = torch.cat((first, second), dim=1)
-    mask = document_mask(torch.tensor([[1] * 7 + [2] * 9]))
+    tokenizer_path = tmp_path / "tokenizer.model"
+    tokenizer_path.write_bytes(b"")
+    out = tmp_path / "out"
+    export(model, encoder, tokenizer_path, "", out)
+    whole = Qwen3ForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
+    export(model, encoder, tokenizer_path, "", out, max_shard_bytes=20_000)
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) > 3
+    assert "model.safetensors" not in [path.name for path in shards]
+    largest = max(p.numel() * 2 for p in model.parameters())
+    assert max(path.stat().st_size for path in shards) < max(20_000, largest) + 4_000
+    again = Qwen3ForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    export(model, encoder, tokenizer_path, "", out)  # no shard is left beside the single file
+    assert [path.name for path in out.glob("model*")] == ["model.safetensors"]
+
+
+def rows(*lengths: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.repeat(np.arange(len(lengths)), lengths)[None]
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    model = spread(Qwen3(config()))
+    first, second = torch.randint(0, 320, (7,)), torch.randint(0, 320, (9,))
+    together = torch.cat((first, second))
     with torch.no_grad():
-        packed = model(together, mask)
-        torch.testing.assert_close(packed[:, :7], model(first), atol=1e-4, rtol=1e-4)
-        # Rotary positions are relative: a shifted document has the same logits.
-        torch.testing.assert_close(packed[:, 7:], model(second), atol=1e-4, rtol=1e-4)
-        assert not torch.allclose(packed[:, 7:], model(together)[:, 7:], atol=1e-2)
+        packed = model.logits(
+            model.hidden_states(together, Segments.of(rows(7, 9), model.device))[-1]
+        )
+        torch.testing.assert_close(packed[:7], model(first), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(packed[7:], model(second), atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(packed[7:], model(together)[7:], atol=1e-2)
+
+
+def test_rows_of_a_batch_stay_apart() -> None:
+    ids = np.array([[1, 1, 2], [2, 2, 0]])  # the numbers of a row mean nothing in the next
+    segments = Segments.of(ids, CPU)
+    assert segments.lengths == (2, 1, 2, 1)
+    assert segments.positions.tolist() == [0, 1, 0, 0, 1, 0]
+
+
+def naive_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...]
+) -> torch.Tensor:
+    """Scores of all pairs, those that must not see each other masked."""
+    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    hidden = (document[:, None] != document[None]) | torch.ones(len(q), len(q)).triu(1).bool()
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("nhd,mhd->hnm", q, k) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("hnm,mhd->nhd", weights, v)
+
+
+LENGTHS = (1, 5, 64, 33, 25)
+
+
+def attention_inputs(num_heads: int, num_kv_heads: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    heads = (num_heads, num_kv_heads, num_kv_heads, num_heads)
+    return [torch.randn(sum(LENGTHS), h, 16, generator=generator) for h in heads]
+
+
+@pytest.mark.parametrize("heads", [(4, 1), (4, 2), (3, 3)])
+def test_attention_and_its_gradients_match_the_definition(heads: tuple[int, int]) -> None:
+    *qkv, grad = attention_inputs(*heads)
+    segments = Segments.of(rows(*LENGTHS), CPU)
+
+    def run(naive: bool) -> list[torch.Tensor]:
+        q, k, v = (x.clone().requires_grad_() for x in qkv)
+        mixed = naive_attention(q, k, v, LENGTHS) if naive else attend(q, k, v, segments)
+        mixed.backward(grad)  # type: ignore[no-untyped-call]
+        return [mixed.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
+
+    for own, expected in zip(run(naive=False), run(naive=True), strict=True):
+        torch.testing.assert_close(own, expected, atol=2e-5, rtol=1e-4)
+
+
+# Not compiled here, which torch warns of, as of its own use of what it has deprecated.
+@pytest.mark.filterwarnings("ignore:flex_attention called without", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("heads", [(4, 1), (4, 2), (3, 3)])
+def test_attention_for_gpus_matches_the_definition(heads: tuple[int, int]) -> None:
+    q, k, v, _ = attention_inputs(*heads)  # on a CPU torch has its forward pass alone
+    own = attend_flex(q, k, v, block_mask_of(np.array(LENGTHS), CPU))
+    torch.testing.assert_close(own, naive_attention(q, k, v, LENGTHS), atol=2e-5, rtol=1e-4)
 
 
 def test_sizes_that_cannot_work_are_refused() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +18,17 @@ import torch
 from engine.train.__main__ import main
 from engine.train.data import Documents, Packer, write_documents
 from engine.train.dialogue import ChatTemplate, LossWeights
+from engine.train.distributed import Group
 from engine.train.model import ModelConfig, Qwen3
 from engine.train.recipe import RecipeError, TrainRecipe, load_recipe
 from engine.train.tokenizer import Encoder
 from engine.train.trainer import Budget, StepReport, Trainer, weighted_loss
 
-PEBBLE = Path(__file__).resolve().parents[3] / "engine" / "assets" / "pebble"
+ROOT = Path(__file__).resolve().parents[3]
+PEBBLE = ROOT / "engine" / "assets" / "pebble"
 RECIPE = TrainRecipe(
     sequence_len=48,
+    max_document_len=49,
     batch_sequences=4,
     muon_lr=0.02,
     adam_lr=0.01,
@@ -31,9 +37,17 @@ RECIPE = TrainRecipe(
     decay_fraction=0.5,
     max_grad_norm=1.0,
     user_loss_weight=0.0,
+    tool_loss_weight=0.0,
     max_tools=1,
     empty_think_fraction=0.0,
 )
+
+
+CONFIG = ModelConfig(8192, 32, 48, 3, 2, 1, 16, 64)
+
+
+def packer(documents: Documents) -> Packer:
+    return Packer({"counting": documents}, {"counting": 1.0}, sequence_len=48, pad_id=1, seed=0)
 
 
 def records(count: int = 40) -> list[dict[str, object]]:
@@ -67,11 +81,16 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Documents:
     return Documents.load(directory, "counting")
 
 
-def trainer(documents: Documents, recipe: TrainRecipe = RECIPE, num_steps: int = 6) -> Trainer:
+def trainer(
+    documents: Documents,
+    recipe: TrainRecipe = RECIPE,
+    num_steps: int = 6,
+    group: Group | None = None,
+) -> Trainer:
     torch.manual_seed(0)
-    packer = Packer({"counting": documents}, {"counting": 1.0}, sequence_len=48, pad_id=1, seed=0)
-    model = Qwen3(ModelConfig(8192, 32, 48, 3, 2, 1, 16, 64))
-    return Trainer(model, packer, recipe, Budget(num_steps=num_steps), seed=0)
+    return Trainer(
+        Qwen3(CONFIG), packer(documents), recipe, Budget(num_steps=num_steps), seed=0, group=group
+    )
 
 
 def test_loss_falls(documents: Documents) -> None:
@@ -111,14 +130,76 @@ def test_nothing_to_resume(documents: Documents, tmp_path: Path) -> None:
 
 def test_earlier_exits_join_the_loss(documents: Documents) -> None:
     run = trainer(documents)
-    batch = Packer(
-        {"counting": documents}, {"counting": 1.0}, sequence_len=48, pad_id=1, seed=0
-    ).batch(2)
-    plain = weighted_loss(run.model, batch, RECIPE, frozenset())
-    joined = weighted_loss(run.model, batch, replace(RECIPE, early_exit_weight=1.0), frozenset())
-    assert joined.item() == pytest.approx(2 * plain.item(), rel=0.05)  # all exits know nothing yet
-    skipped = weighted_loss(run.model, batch, RECIPE, frozenset({0, 1, 2}))
+    batch = packer(documents).batch(2)
+    weight = float(batch.weights.sum())
+    plain, alone = weighted_loss(run.model, batch, total_weight=weight)
+    assert plain.item() == alone.item()
+    shown, joined = weighted_loss(
+        run.model, batch, total_weight=weight, exit_layer=0, exit_weight=1.0
+    )
+    assert shown.item() == plain.item()  # the report is of the last layer
+    assert joined.item() == pytest.approx(2 * plain.item(), rel=0.05)  # no exit knows anything yet
+    skipped, _ = weighted_loss(run.model, batch, total_weight=weight, skip=frozenset({0, 1, 2}))
     assert skipped.item() != plain.item()
+
+
+def test_every_earlier_layer_is_trained_as_an_exit(documents: Documents) -> None:
+    run = trainer(documents, replace(RECIPE, early_exit_weight=0.2))
+    drawn = [run._exit_layer() for _ in range(300)]
+    assert set(drawn) == {0, 1}  # the third is the model's own output
+    assert drawn.count(1) > drawn.count(0)
+    assert trainer(documents)._exit_layer() is None
+
+
+@pytest.mark.parametrize("micro_sequences", [1, 3])
+def test_parts_of_a_step_add_up_to_the_step(documents: Documents, micro_sequences: int) -> None:
+    whole = trainer(documents)
+    parted = trainer(documents, replace(RECIPE, micro_sequences=micro_sequences))
+    for _ in range(3):
+        assert parted.step().loss == pytest.approx(whole.step().loss, rel=1e-4)
+
+
+def test_two_devices_train_as_one(documents: Documents, tmp_path: Path) -> None:
+    alone = trainer(documents)
+    losses = [alone.step().loss for _ in range(4)]
+    script = tmp_path / "pair.py"
+    directory = Path(documents.token_ids.filename).parent  # type: ignore[attr-defined]
+    script.write_text(PAIR.format(directory=str(directory)))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
+         str(script)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=55, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(seen) == 2
+    for one in seen:
+        assert one == pytest.approx(losses, rel=1e-4)
+
+
+PAIR = """
+import json
+from pathlib import Path
+from engine.train.data import Documents
+from engine.train.distributed import Group
+from tests.engine.train.test_train_run import trainer
+
+group = Group.join("cpu")
+run = trainer(Documents.load(Path({directory!r}), "counting"), group=group)
+losses = [run.step().loss for _ in range(4)]
+print(json.dumps(losses), flush=True)
+group.leave()
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # those of torch's compiler, of itself
+def test_compiled_blocks_compute_the_same(documents: Documents) -> None:
+    plain, compiled = trainer(documents), trainer(documents)
+    compiled.model.compile_blocks()
+    for _ in range(2):
+        assert compiled.step().loss == pytest.approx(plain.step().loss, rel=1e-5)
 
 
 class Clock:
@@ -136,8 +217,8 @@ class Clock:
 def test_time_budget_leaves_out_stops_and_keeps_the_deadline(documents: Documents) -> None:
     clock = Clock()
     wall = [1000.0]
-    run = trainer(documents)
-    run = Trainer(run.model, run._packer, RECIPE, Budget(train_s=10, deadline=1025), seed=0,
+    budget = Budget(train_s=10, deadline=1025)
+    run = Trainer(Qwen3(CONFIG), packer(documents), RECIPE, budget, seed=0,
                   clock=clock, wall_clock=lambda: wall[0])  # fmt: skip
     assert run.step().progress == pytest.approx(0.05)
     clock.step_s = 200.0  # stopped meanwhile
@@ -173,6 +254,7 @@ head_dim = 8
 max_position_embeddings = 128
 [train]
 sequence_len = 64
+max_document_len = 65
 batch_sequences = 2
 muon_lr = 0.02
 adam_lr = 0.01
@@ -182,6 +264,7 @@ decay_fraction = 0.5
 max_grad_norm = 1.0
 user_loss_weight = 0.2
 max_tools = 1
+tool_loss_weight = 0.0
 empty_think_fraction = 0.1
 [mixture]
 counting = 1
@@ -197,7 +280,7 @@ def command_arguments(directory: Path, recipe: str = SMALL_RECIPE) -> list[str]:
             file.writelines(json.dumps(record) + "\n" for record in records())
     paths = {"--data": directory, "--out": directory / "out", "--recipe": directory / "recipe.toml"}
     arguments = [part for name, path in paths.items() for part in (name, str(path))]
-    return [*arguments, "--threads", "1"]
+    return [*arguments, "--threads", "1", "--no-compile"]
 
 
 def test_command_makes_a_model_and_goes_on(tmp_path: Path) -> None:
