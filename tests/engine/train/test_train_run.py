@@ -303,8 +303,11 @@ def test_command_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "no *.jsonl.xz files" in capsys.readouterr().err
 
 
-def test_bundled_recipe_is_sound() -> None:
-    recipe = load_recipe(PEBBLE / "recipe.toml")
+@pytest.mark.parametrize(
+    "path", [PEBBLE / "recipe.toml", *(ROOT / "engine" / "train" / "recipes").glob("*.toml")]
+)
+def test_recipes_are_sound(path: Path) -> None:
+    recipe = load_recipe(path)
     assert sum(recipe.mixture.values()) == pytest.approx(1.0)
     assert recipe.model.vocab_size == recipe.tokenizer.vocab_size
 
