@@ -13,6 +13,7 @@ from engine.cache import CacheManager, FullAttentionGroup
 from engine.cgroups import cpu_limit
 from engine.config import Device, Dtype, EngineConfig
 from engine.errors import ConfigError
+from engine.generation_config import read_sampling_defaults
 from engine.hub import resolve_model
 from engine.loader import WeightSource
 from engine.memory import available_bytes, num_kv_blocks, zeroed_memory
@@ -52,6 +53,7 @@ class Runner:
     ) -> None:
         directory = resolve_model(config.model, on_progress)
         model_config = read_model_config(directory)
+        defaults = read_sampling_defaults(directory)
         family = family_of(model_config.architecture)
         max_model_len = _max_model_len(config.max_model_len, model_config)
         self._device, ops = _select_device(config.device)
@@ -91,6 +93,7 @@ class Runner:
             device=str(self._device),
             block_size=config.block_size,
             num_blocks=self._cache.num_blocks,
+            defaults=defaults,
         )
         on_progress("warming up", 0.0)
         self._warm_up(min(32, config.max_num_tokens, max_model_len - 1))

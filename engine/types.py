@@ -16,6 +16,7 @@ __all__ = [
     "FinishReason",
     "ModelInfo",
     "Request",
+    "SamplingDefaults",
     "SamplingParams",
     "TokenLogprobs",
     "Usage",
@@ -111,6 +112,18 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, array
     error: str | None = None
 
 
+class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the checkpoint's makers advise to sample; None: they say nothing."""
+
+    temperature: float | None = None
+    """0 is greedy."""
+    top_k: int | None = None
+    """0 is off."""
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the server must know of the loaded model."""
 
@@ -124,6 +137,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     block_size: int
     num_blocks: int
+    defaults: SamplingDefaults = SamplingDefaults()
+    """From ``generation_config.json``; for requests that do not say."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

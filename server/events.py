@@ -7,10 +7,18 @@ have (``token_ids``, ``ResponsePrompt``) are extensions; clients of the Response
 Order within one turn::
 
     created, in_progress, [prompt]*,
-    per output item (one a choice; items of several choices interleave):
-        output_item.added, content_part.added, output_text.delta*, output_text.done,
-        content_part.done, output_item.done
+    per output item (reasoning, messages and calls; items of several choices interleave):
+        output_item.added, its own events, output_item.done
     exactly one of: completed | incomplete | failed | cancelled
+
+Own events of an item::
+
+    message: content_part.added, output_text.delta*, output_text.done, content_part.done
+    reasoning: content_part.added, reasoning_text.delta*, reasoning_text.done, content_part.done
+    function_call: function_call_arguments.delta*, function_call_arguments.done
+    function_call_output (what a tool of the server's own said): none
+
+The k-th item of choice c of n has ``output_index`` c + k * n.
 """
 
 from __future__ import annotations
@@ -25,10 +33,14 @@ __all__ = [
     "ContentPartDone",
     "Discontinuity",
     "Event",
+    "FunctionCallArgumentsDelta",
+    "FunctionCallArgumentsDone",
     "OutputItemAdded",
     "OutputItemDone",
     "OutputTextDelta",
     "OutputTextDone",
+    "ReasoningTextDelta",
+    "ReasoningTextDone",
     "ResponseCancelled",
     "ResponseCompleted",
     "ResponseCreated",
@@ -90,7 +102,7 @@ class ResponsePrompt(Event, frozen=True, kw_only=True, tag="response.millrace.pr
 
 
 class OutputItemAdded(Event, frozen=True, kw_only=True, tag="response.output_item.added"):
-    """A new output item (a message) begins; for n > 1 ``output_index`` is the choice's index."""
+    """A new output item begins."""
 
     output_index: int
     item: dict[str, Any]
@@ -135,6 +147,49 @@ class OutputTextDone(
     logprobs: list[TokenLogprob] = []
 
 
+class ReasoningTextDelta(Event, frozen=True, kw_only=True, tag="response.reasoning_text.delta"):
+    """Text that was added to the reasoning."""
+
+    item_id: str
+    output_index: int
+    content_index: int
+    delta: str
+    token_ids: list[int] | None = None
+    """Only when the request asked for them."""
+
+
+class ReasoningTextDone(Event, frozen=True, kw_only=True, tag="response.reasoning_text.done"):
+    """The reasoning is final."""
+
+    item_id: str
+    output_index: int
+    content_index: int
+    text: str
+
+
+class FunctionCallArgumentsDelta(
+    Event, frozen=True, kw_only=True, tag="response.function_call_arguments.delta"
+):
+    """JSON text that was added to a call's arguments, as the model wrote it."""
+
+    item_id: str
+    output_index: int
+    delta: str
+    token_ids: list[int] | None = None
+    """Only when the request asked for them."""
+
+
+class FunctionCallArgumentsDone(
+    Event, frozen=True, kw_only=True, tag="response.function_call_arguments.done"
+):
+    """A call's arguments are final."""
+
+    item_id: str
+    output_index: int
+    name: str
+    arguments: str
+
+
 class ContentPartDone(Event, frozen=True, kw_only=True, tag="response.content_part.done"):
     """A part is final."""
 
@@ -147,7 +202,8 @@ class ContentPartDone(Event, frozen=True, kw_only=True, tag="response.content_pa
 class OutputItemDone(Event, frozen=True, kw_only=True, tag="response.output_item.done"):
     """An item is final.
 
-    ``finish_reason`` ("stop", "length") and ``stop_reason`` are extensions for other dialects.
+    ``finish_reason`` ("stop", "length", "tool_calls"; only of a choice's last item) and
+    ``stop_reason`` are extensions for other dialects.
     """
 
     output_index: int
@@ -193,6 +249,10 @@ _AnyEvent = (
     | ContentPartAdded
     | OutputTextDelta
     | OutputTextDone
+    | ReasoningTextDelta
+    | ReasoningTextDone
+    | FunctionCallArgumentsDelta
+    | FunctionCallArgumentsDone
     | ContentPartDone
     | OutputItemDone
     | Discontinuity

@@ -78,12 +78,16 @@ class Prompter:
     def _render(self, request: TurnRequest) -> list[int]:
         if clash := sorted(_OWN_ARGUMENTS.intersection(request.template_kwargs)):
             raise TemplateError(f"the template's variable {clash[0]} cannot be set from outside")
-        return self._tokenizer.render_chat(
+        ids = self._tokenizer.render_chat(
             request.messages or [],
+            tools=request.tools.functions if request.tools.active else None,
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
             **request.template_kwargs,
         )
+        if request.tools.opening:
+            ids = [*ids, *self._tokenizer.encode(request.tools.opening, parse_special=True)]
+        return ids
 
 
 def _check(ids: list[int], info: ModelInfo, param: str) -> None:
@@ -108,27 +112,29 @@ def _check(ids: list[int], info: ModelInfo, param: str) -> None:
 def resolve_sampling(
     request: TurnRequest, info: ModelInfo, num_prompt: int, seed: int, *, first_choice: bool
 ) -> SamplingParams:
-    """Return the engine's settings for one choice; ``max_tokens`` is capped by the context.
+    """Return the engine's settings for one choice; ``max_tokens`` is capped by the context,
+    and what the request does not say is as the checkpoint's makers advise.
 
     Prompt log-probabilities are computed once a prompt, with its first choice.
     """
     asked = request.sampling
+    given = info.defaults
     room = info.max_model_len - num_prompt
     max_tokens = room if asked.max_tokens is None else min(asked.max_tokens, room)
     if max_tokens < 1:
         raise ApiError(400, "The answer must have room for at least one token.", param="max_tokens")
 
-    def default(value: float | None, otherwise: float) -> float:
-        return otherwise if value is None else value
+    def first(*values: float | None, otherwise: float) -> float:
+        return next((value for value in values if value is not None), otherwise)
 
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min(asked.min_tokens, max_tokens),
-        temperature=default(asked.temperature, 1.0),
-        top_k=asked.top_k or 0,
-        top_p=default(asked.top_p, 1.0),
-        min_p=default(asked.min_p, 0.0),
-        repetition_penalty=default(asked.repetition_penalty, 1.0),
+        temperature=first(asked.temperature, given.temperature, otherwise=1.0),
+        top_k=int(first(asked.top_k, given.top_k, otherwise=0)),
+        top_p=first(asked.top_p, given.top_p, otherwise=1.0),
+        min_p=first(asked.min_p, given.min_p, otherwise=0.0),
+        repetition_penalty=first(asked.repetition_penalty, given.repetition_penalty, otherwise=1.0),
         presence_penalty=asked.presence_penalty,
         frequency_penalty=asked.frequency_penalty,
         logit_bias=asked.logit_bias,

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
-__all__ = ["OnDisconnect", "SamplingOptions", "TurnRequest"]
+__all__ = ["OnDisconnect", "SamplingOptions", "ToolOptions", "TurnRequest"]
 
 OnDisconnect = Literal["cancel", "finish"]
 
@@ -34,6 +34,36 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
 
 
+class ToolOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Which tools the model has, and how it is to use them."""
+
+    functions: list[dict[str, Any]] = []
+    """What the model is told of them, in Chat Completions' shape, in the request's order."""
+    builtin: dict[str, str] = {}
+    """Those that this server runs: function name to the tool's kind."""
+    choice: Literal["auto", "none", "required"] = "auto"
+    name: str | None = None
+    """With "required": the only function that may be called first."""
+    parallel: bool = True
+    """Whether one answer may hold several calls."""
+    max_calls: int | None = None
+    """Most calls of the server's own tools in one turn; None: only the server's own limit."""
+
+    @property
+    def active(self) -> bool:
+        """Whether the model may call anything."""
+        return bool(self.functions) and self.choice != "none"
+
+    @property
+    def opening(self) -> str:
+        """What the answer is made to begin with, so that it is a call."""
+        if not self.active or self.choice != "required":
+            return ""
+        if self.name is None:
+            return "<tool_call>"
+        return f'<tool_call>\n{{"name": "{self.name}", "arguments":'
+
+
 class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One turn: one or more prompts, each answered ``n`` times.
 
@@ -47,6 +77,7 @@ class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     messages: list[dict[str, Any]] | None = None
     """Chat messages in Chat Completions' shape, text only; instructions and history in place."""
+    tools: ToolOptions = ToolOptions()
     prompts: list[str | list[int]] | None = None
     template_kwargs: dict[str, Any] = {}
     add_generation_prompt: bool = True

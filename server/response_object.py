@@ -14,9 +14,12 @@ from server.events import ResponseFailed, TokenLogprob
 __all__ = [
     "error_event",
     "failed_event",
+    "function_call_item",
+    "function_output_item",
     "message_item",
     "new_id",
     "output_text",
+    "reasoning_item",
     "response_object",
     "usage_object",
 ]
@@ -83,13 +86,51 @@ def message_item(item_id: str, status: str, content: list[dict[str, Any]]) -> di
     }
 
 
-def usage_object(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> dict[str, Any]:
-    """Return what a turn cost, in tokens."""
+def reasoning_item(item_id: str, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the reasoning before an answer."""
+    return {
+        "id": item_id,
+        "type": "reasoning",
+        "status": status,
+        "summary": [],
+        "content": content,
+    }
+
+
+def function_call_item(
+    item_id: str, status: str, call_id: str, name: str, arguments: str
+) -> dict[str, Any]:
+    """Return a call of a function; ``arguments`` is JSON text."""
+    return {
+        "id": item_id,
+        "type": "function_call",
+        "status": status,
+        "call_id": call_id,
+        "name": name,
+        "arguments": arguments,
+    }
+
+
+def function_output_item(item_id: str, call_id: str, output: str) -> dict[str, Any]:
+    """Return what a function answered to a call."""
+    return {
+        "id": item_id,
+        "type": "function_call_output",
+        "status": "completed",
+        "call_id": call_id,
+        "output": output,
+    }
+
+
+def usage_object(
+    prompt_tokens: int, cached_tokens: int, completion_tokens: int, reasoning_tokens: int = 0
+) -> dict[str, Any]:
+    """Return what a turn cost, in tokens; reasoning is part of the completion."""
     return {
         "input_tokens": prompt_tokens,
         "input_tokens_details": {"cached_tokens": cached_tokens, "cache_write_tokens": 0},
         "output_tokens": completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
         "total_tokens": prompt_tokens + completion_tokens,
     }
 

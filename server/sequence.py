@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from engine import (
@@ -16,10 +16,12 @@ from engine import (
     Tokenizer,
 )
 from server.choice import Choice, Phase
+from server.output_items import OutputItems
+from server.parsing.qwen import QwenParser
 from server.prompting import resolve_sampling
 from server.request import TurnRequest
 
-__all__ = ["Engine", "EngineSequence", "make_sequences"]
+__all__ = ["Engine", "EngineSequence", "SequenceMaker"]
 
 
 class Engine(Protocol):
@@ -80,32 +82,78 @@ class EngineSequence:
                 raise
 
 
-def make_sequences(
-    turn_id: str,
-    request: TurnRequest,
-    prompts: Iterable[list[int]],
-    *,
-    tokenizer: Tokenizer,
-    info: ModelInfo,
-    seed: int,
-) -> list[EngineSequence]:
-    """Return the sequences of a turn, nothing submitted yet: all choices of each prompt in turn."""
-    eos_ids = frozenset(info.eos_token_ids)
-    sequences: list[EngineSequence] = []
-    for prompt_ids in prompts:
-        for index in range(request.n):
-            number = len(sequences)
-            # Equal prompts of one request get other answers, unless a seed is asked for.
-            offset = number if request.sampling.seed is None else index
-            engine_request = Request(
-                request_id=f"{turn_id}.{number}",
-                prompt_ids=prompt_ids,
-                sampling=resolve_sampling(
-                    request, info, len(prompt_ids), seed + offset, first_choice=index == 0
-                ),
-                priority=request.priority,
-                cache_salt=request.owner,
-            )
-            choice = Choice(request, tokenizer, number, eos_ids)
-            sequences.append(EngineSequence(choice, prompt_ids, engine_request))
-    return sequences
+class SequenceMaker:
+    """Makes the sequences of one turn; nothing is submitted yet.
+
+    ``seed`` is that of the turn's first choice.
+    """
+
+    def __init__(self, turn_id: str, tokenizer: Tokenizer, info: ModelInfo, seed: int) -> None:
+        self._turn_id = turn_id
+        self._tokenizer = tokenizer
+        self._info = info
+        self._seed = seed
+        self._eos_ids = frozenset(info.eos_token_ids)
+
+    def all(self, request: TurnRequest, prompts: Sequence[list[int]]) -> list[EngineSequence]:
+        """Return the sequences that a turn begins with: all choices of each prompt in turn."""
+        sequences: list[EngineSequence] = []
+        num_choices = request.n * len(prompts)
+        for prompt_ids in prompts:
+            for index in range(request.n):
+                number = len(sequences)
+                # Equal prompts of one request get other answers, unless a seed is asked for.
+                offset = number if request.sampling.seed is None else index
+                items = self._items(request, prompt_ids, number, num_choices)
+                sequences.append(self._make(request, prompt_ids, number, offset, items))
+        return sequences
+
+    def next(
+        self, request: TurnRequest, prompt_ids: list[int], number: int, first_index: int
+    ) -> EngineSequence:
+        """Return one that goes on with a turn of one choice, as its sequence ``number``.
+
+        Its items begin at ``output_index`` ``first_index``.
+        """
+        items = self._items(request, prompt_ids, first_index, 1)
+        return self._make(request, prompt_ids, number, 0, items)
+
+    def _items(
+        self, request: TurnRequest, prompt_ids: list[int], first_index: int, stride: int
+    ) -> OutputItems:
+        parser = None
+        if request.messages is not None:
+            end = self._tokenizer.decode(prompt_ids[-16:], skip_special=False).rstrip()
+            parser = QwenParser(tools=request.tools.active, reasoning=end.endswith("<think>"))
+        items = OutputItems(
+            first_index,
+            stride,
+            parser,
+            one_call=request.tools.active and not request.tools.parallel,
+        )
+        items.prime(request.tools.opening)
+        return items
+
+    def _make(
+        self,
+        request: TurnRequest,
+        prompt_ids: list[int],
+        number: int,
+        seed_offset: int,
+        items: OutputItems,
+    ) -> EngineSequence:
+        engine_request = Request(
+            request_id=f"{self._turn_id}.{number}",
+            prompt_ids=prompt_ids,
+            sampling=resolve_sampling(
+                request,
+                self._info,
+                len(prompt_ids),
+                self._seed + seed_offset,
+                first_choice=number % request.n == 0,
+            ),
+            priority=request.priority,
+            cache_salt=request.owner,
+        )
+        choice = Choice(request, self._tokenizer, number, items, self._eos_ids)
+        return EngineSequence(choice, prompt_ids, engine_request)

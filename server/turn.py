@@ -14,9 +14,13 @@ from collections.abc import AsyncIterator, Sequence
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
+
 from engine import Delta, EngineClosed, EngineDied, FinishReason, RequestError, Tokenizer
+from server.agent.rounds import ToolRounds
 from server.choice import Phase, prompt_event
 from server.crash import log_crash
+from server.errors import ApiError
 from server.events import (
     Event,
     ResponseCancelled,
@@ -31,7 +35,7 @@ from server.metering.metrics import Metrics
 from server.prompting import draw_seed
 from server.request import TurnRequest
 from server.response_object import failed_event, new_id, response_object, usage_object
-from server.sequence import Engine, EngineSequence, make_sequences
+from server.sequence import Engine, EngineSequence, SequenceMaker
 from server.store import StoreError
 
 __all__ = ["Turn", "TurnHost"]
@@ -45,6 +49,9 @@ class TurnHost(Protocol):
     engine: Engine
     tokenizer: Tokenizer
     metrics: Metrics
+
+    async def encode(self, request: TurnRequest) -> list[list[int]]:
+        """Return the ids of each prompt. Raises ApiError 400."""
 
     async def keep_end(self, request: TurnRequest, response: dict[str, Any]) -> None:
         """Store a turn's end if it is to be kept. Raises StoreError."""
@@ -84,6 +91,12 @@ class Turn:
         self._arrived_s = arrived_s
         self._journal: Journal
         self._sequences: list[EngineSequence] = []
+        """All that were begun: a round of tools adds one."""
+        self._maker: SequenceMaker
+        self._tool_items: list[tuple[int, dict[str, Any]]] = []
+        """What the server's own tools said, with the items' ``output_index``."""
+        self._out_of_room = False
+        """The model was to go on after its tools, but a limit is reached."""
         self._prompts_shown: list[asyncio.Event] = []
         self._state = _State.RUNNING
         self._cancelled = False
@@ -136,14 +149,8 @@ class Turn:
         """Make the sequences. Nothing is submitted yet. Raises ApiError 400."""
         request = self.request
         seed = draw_seed() if request.sampling.seed is None else request.sampling.seed
-        self._sequences = make_sequences(
-            self.id,
-            request,
-            prompts,
-            tokenizer=self._tokenizer,
-            info=self._engine.info,
-            seed=seed,
-        )
+        self._maker = SequenceMaker(self.id, self._tokenizer, self._engine.info, seed)
+        self._sequences = self._maker.all(request, prompts)
         self._prompts_shown = [asyncio.Event() for _ in prompts]
         self.response = response_object(
             self.id, self.created_at, self.model, {**request.response_fields, "seed": seed}
@@ -199,7 +206,7 @@ class Turn:
             return _Ending("cancelled")
         try:
             if len(self._sequences) == 1:
-                await self._pump(self._sequences[0])
+                await self._pump_rounds(self._sequences[0])
             else:
                 await self._pump_all()
         except asyncio.CancelledError:
@@ -214,7 +221,56 @@ class Turn:
         except RequestError as error:
             return _Ending("failed", ("request_refused", str(error)))
         cut = any(sequence.choice.finish_reason == "length" for sequence in self._sequences)
-        return _Ending("incomplete" if cut else "completed")
+        return _Ending("incomplete" if cut or self._out_of_room else "completed")
+
+    async def _pump_rounds(self, sequence: EngineSequence) -> None:
+        """Serve one sequence and, while it calls the server's own tools, the next one."""
+        rounds = ToolRounds(self.request)
+        while True:
+            await self._pump(sequence)
+            choice = sequence.choice
+            if choice.finish_reason != "tool_calls":
+                return
+            results = rounds.run([item for _, item in choice.items.bodies()])
+            if results is None:
+                return
+            first_index = choice.items.next_index
+            for event in results.events(first_index):
+                self._journal.append(event)
+            self._tool_items += enumerate(results.items, start=first_index)
+            if results.request is None:
+                return
+            following = await self._next(results.request, first_index + len(results.items))
+            if following is None:
+                self._out_of_room = True
+                return
+            sequence = following
+
+    async def _next(self, request: TurnRequest, first_index: int) -> EngineSequence | None:
+        """Ask the model to go on; None: there is no room for another token."""
+        limit = request.sampling.max_tokens
+        if limit is not None:
+            limit -= sum(sequence.choice.num_tokens for sequence in self._sequences)
+            if limit < 1:
+                return None
+            sampling = msgspec.structs.replace(
+                request.sampling,
+                max_tokens=limit,
+                min_tokens=min(request.sampling.min_tokens, limit),
+            )
+            request = msgspec.structs.replace(request, sampling=sampling)
+        try:
+            [prompt_ids] = await self._host.encode(request)
+        except ApiError as error:
+            if error.code == "context_length_exceeded":
+                return None
+            raise RequestError(error.message) from error
+        number = len(self._sequences)
+        sequence = self._maker.next(request, prompt_ids, number, first_index)
+        self._prompts_shown.append(asyncio.Event())
+        self._sequences.append(sequence)
+        sequence.submit(self._engine)
+        return sequence
 
     async def _pump_all(self) -> None:
         pumps = [asyncio.create_task(self._pump(sequence)) for sequence in self._sequences]
@@ -227,8 +283,8 @@ class Turn:
 
     async def _pump(self, sequence: EngineSequence) -> None:
         choice = sequence.choice
-        shown = self._prompts_shown[choice.output_index // self.request.n]
-        wait_for_prompt = self._shows_prompts and choice.output_index % self.request.n > 0
+        shown = self._prompts_shown[choice.index // self.request.n]
+        wait_for_prompt = self._shows_prompts and choice.index % self.request.n > 0
         async for delta in sequence.deltas():
             if delta.finish_reason is FinishReason.ABORT and choice.phase is not Phase.CLOSED:
                 raise RequestError("the engine gave this request up")
@@ -251,7 +307,7 @@ class Turn:
         return request.return_token_ids or request.echo or wants_logprobs
 
     def _show_prompt(self, sequence: EngineSequence, delta: Delta | None) -> None:
-        shown = self._prompts_shown[sequence.choice.output_index // self.request.n]
+        shown = self._prompts_shown[sequence.choice.index // self.request.n]
         if shown.is_set():
             return
         shown.set()
@@ -259,9 +315,7 @@ class Turn:
         if delta is not None and logprobs is None and self.request.sampling.prompt_logprobs:
             logprobs = []
         self._journal.append(
-            prompt_event(
-                self._tokenizer, sequence.choice.output_index, sequence.prompt_ids, logprobs
-            )
+            prompt_event(self._tokenizer, sequence.choice.index, sequence.prompt_ids, logprobs)
         )
 
     def _time(self, num_tokens: int) -> None:
@@ -295,25 +349,32 @@ class Turn:
         self._journal.append(_terminal(ending, response))
 
     def _final(self, ending: _Ending) -> dict[str, Any]:
-        items = [sequence.choice.final_item() for sequence in self._sequences]
+        items = [item for sequence in self._sequences for item in sequence.choice.items.bodies()]
+        items = sorted([*items, *self._tool_items], key=lambda numbered: numbered[0])
         details = {"reason": "max_output_tokens"} if ending.status == "incomplete" else None
         return {
             **self.response,
             "status": ending.status,
             "completed_at": int(time.time()) if ending.status == "completed" else None,
             "incomplete_details": details,
-            "output": [item for item in items if item is not None],
-            "usage": usage_object(*self._usage()),
+            "output": [item for _, item in items],
+            "usage": usage_object(*self._usage(), self._num_reasoning_tokens()),
         }
 
     def _usage(self) -> tuple[int, int, int]:
-        """Return prompt, cached and completion tokens; a prompt counts once, whatever n is."""
+        """Return prompt, cached and completion tokens; a prompt counts once, whatever n is.
+
+        Where tools are called, each time that the model is asked counts.
+        """
         firsts = self._sequences[:: self.request.n]
         prompt = sum(len(sequence.prompt_ids) for sequence in firsts)
         usages = [sequence.choice.usage for sequence in firsts]
         cached = sum(usage.cached_tokens for usage in usages if usage is not None)
         completion = sum(sequence.choice.num_tokens for sequence in self._sequences)
         return prompt, cached, completion
+
+    def _num_reasoning_tokens(self) -> int:
+        return sum(sequence.choice.items.num_reasoning_tokens for sequence in self._sequences)
 
     async def _end_badly(self, code: str, message: str) -> None:
         """End a turn that a fault stopped: whoever follows it still gets a terminal event."""

@@ -119,7 +119,7 @@ class Turns:
                 f"{MAX_SEQUENCES} are allowed.",
                 param="n",
             )
-        prompts = await self._prompter.encode(request, self.engine.info)
+        prompts = await self.encode(request)
         turn = Turn(self, request, arrived_s)
         turn.prepare(prompts)
         try:
@@ -141,6 +141,10 @@ class Turns:
         self.metrics.turn_started(request.dialect)
         turn.begin(journal)
         return turn
+
+    async def encode(self, request: TurnRequest) -> list[list[int]]:
+        """Return the ids of each prompt. Raises ApiError 400."""
+        return await self._prompter.encode(request, self.engine.info)
 
     async def _keep_begin(self, request: TurnRequest, turn: Turn) -> None:
         if not _kept(request):

@@ -1,4 +1,4 @@
-"""Items of the Responses API: checked on the way in, and as chat messages for the template."""
+"""Items of the Responses API, checked on the way in."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.dialects.fields import Fields, show
+from server.dialects.tools import read_arguments
 from server.errors import invalid
-from server.response_object import new_id
+from server.response_object import (
+    function_call_item,
+    function_output_item,
+    new_id,
+    reasoning_item,
+)
 
-__all__ = ["items_to_messages", "read_items", "read_metadata"]
+__all__ = ["read_items", "read_metadata"]
 
 ROLES = ("user", "assistant", "system", "developer")
 MAX_INPUT_ITEMS = 2048
+MAX_ID_CHARS = 256
 
 _NOT_TEXT = {
     "input_image": "images",
@@ -22,7 +29,7 @@ _NOT_TEXT = {
 
 
 def read_items(fields: Fields, name: str) -> list[dict[str, Any]]:
-    """Read a field that is a string (one message of the user) or an array of message items.
+    """Read a field that is a string (one message of the user) or an array of items.
 
     Each item gets an id. Raises ApiError 400 naming the item and part at fault.
     """
@@ -45,9 +52,16 @@ def read_items(fields: Fields, name: str) -> list[dict[str, Any]]:
 
 def _read_item(fields: Fields) -> dict[str, Any]:
     kind = fields.string("type") or "message"
+    if kind == "function_call":
+        return _read_call(fields)
+    if kind == "function_call_output":
+        return _read_output(fields)
+    if kind == "reasoning":
+        return _read_reasoning(fields)
     if kind != "message":
         raise invalid(
-            f"'{fields.at('type')}' is '{kind}'; only items of the type 'message' are supported.",
+            f"'{fields.at('type')}' is '{kind}'; supported items are of the types 'message', "
+            f"'function_call', 'function_call_output' and 'reasoning'.",
             param=fields.at("type"),
             code="unsupported_item_type",
         )
@@ -55,6 +69,45 @@ def _read_item(fields: Fields) -> dict[str, Any]:
     role = fields.choice("role", ROLES, "user")
     part_type = "output_text" if role == "assistant" else "input_text"
     return _message(role, part_type, _read_content(fields, part_type))
+
+
+def _read_call(fields: Fields) -> dict[str, Any]:
+    for name in ("call_id", "name", "arguments"):
+        fields.required(name)
+    status = fields.choice("status", ("completed", "incomplete", "in_progress"), "completed")
+    return function_call_item(
+        new_id("fc"),
+        status,
+        fields.string("call_id", empty=False, max_len=MAX_ID_CHARS) or "",
+        fields.string("name", empty=False, max_len=256) or "",
+        read_arguments(fields),
+    )
+
+
+def _read_output(fields: Fields) -> dict[str, Any]:
+    for name in ("call_id", "output"):
+        fields.required(name)
+    if isinstance(fields.raw("output"), list):
+        parts = enumerate(fields.array("output") or [])
+        path = fields.at("output")
+        texts = [
+            _read_part(Fields(part, f"{path}[{index}]"), "input_text") for index, part in parts
+        ]
+    else:
+        texts = [fields.string("output") or ""]
+    call_id = fields.string("call_id", empty=False, max_len=MAX_ID_CHARS) or ""
+    return function_output_item(new_id("fco"), call_id, "\n".join(texts))
+
+
+def _read_reasoning(fields: Fields) -> dict[str, Any]:
+    parts = fields.array("content") or []
+    path = fields.at("content")
+    texts = [
+        _read_part(Fields(part, f"{path}[{index}]"), "reasoning_text")
+        for index, part in enumerate(parts)
+    ]
+    content = [{"type": "reasoning_text", "text": text} for text in texts]
+    return reasoning_item(new_id("rs"), "completed", content)
 
 
 def _read_content(fields: Fields, part_type: str) -> list[str]:
@@ -102,18 +155,6 @@ def _message(role: str, part_type: str, texts: Sequence[str]) -> dict[str, Any]:
         "role": role,
         "content": content,
     }
-
-
-def items_to_messages(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return items as chat messages with plain text; parts are joined by line breaks."""
-    return [
-        {
-            # Templates know no developer; OpenAI gave the system's role that name.
-            "role": "system" if item["role"] == "developer" else item["role"],
-            "content": "\n".join(part["text"] for part in item["content"]),
-        }
-        for item in items
-    ]
 
 
 def read_metadata(fields: Fields, name: str = "metadata") -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from server.dialects.fields import Fields, show
+from server.dialects.tools import MAX_TOOLS, read_arguments
 from server.errors import invalid
 
 __all__ = ["read_messages"]
@@ -93,7 +94,7 @@ def _part(fields: Fields, role: str) -> str:
 
 
 def _tool_calls(fields: Fields) -> list[dict[str, Any]]:
-    calls = fields.array("tool_calls") or []
+    calls = fields.array("tool_calls", max_len=MAX_TOOLS) or []
     path = fields.at("tool_calls")
     checked: list[dict[str, Any]] = []
     for index, call in enumerate(calls):
@@ -109,7 +110,7 @@ def _tool_calls(fields: Fields) -> list[dict[str, Any]]:
                 "type": "function",
                 "function": {
                     "name": function.string("name", empty=False, max_len=256),
-                    "arguments": function.string("arguments") or "{}",
+                    "arguments": read_arguments(function),
                 },
             }
         )

@@ -12,11 +12,13 @@ from typing import Any
 import msgspec
 
 from engine import ModelInfo
+from server.agent.history import items_to_messages
 from server.dialects.fields import Fields, read_model, show
-from server.dialects.items import items_to_messages, read_items, read_metadata
+from server.dialects.items import read_items, read_metadata
 from server.dialects.sampling import MAX_TOP_LOGPROBS, SAMPLING_FIELDS, read_sampling
+from server.dialects.tools import echoed_tools, read_response_tools, thinking_kwargs
 from server.errors import invalid
-from server.request import SamplingOptions, TurnRequest
+from server.request import SamplingOptions, ToolOptions, TurnRequest
 
 __all__ = ["ParsedResponse", "parse", "to_turn"]
 
@@ -49,6 +51,10 @@ _READ = frozenset(
         "text",
         "tools",
         "tool_choice",
+        "parallel_tool_calls",
+        "max_tool_calls",
+        "reasoning",
+        "chat_template_kwargs",
         "priority",
         "return_token_ids",
         "on_disconnect",
@@ -60,12 +66,9 @@ _IGNORED = frozenset(
         "background_options",
         "context_management",
         "image",
-        "max_tool_calls",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
-        "reasoning",
         "safety_identifier",
         "service_tier",
         "stream_options",
@@ -95,6 +98,8 @@ class ParsedResponse(msgspec.Struct, frozen=True, kw_only=True):
     background: bool
     finish_without_client: bool
     sampling: SamplingOptions
+    tools: ToolOptions
+    template_kwargs: dict[str, Any]
     priority: int
     return_token_ids: bool
     echoed: dict[str, Any]
@@ -111,7 +116,7 @@ def parse(body: object, model: ModelInfo) -> ParsedResponse:
     fields.refuse_unknown(_KNOWN)
     for field, why, neutral in _UNSUPPORTED:
         fields.unsupported(field, why, *neutral)
-    _refuse_tools(fields)
+    tools = read_response_tools(fields)
     _check_text(fields)
     fields.required("input")
     max_tokens = fields.integer("max_output_tokens", least=1)
@@ -144,10 +149,11 @@ def parse(body: object, model: ModelInfo) -> ParsedResponse:
         "metadata": metadata,
         "previous_response_id": previous,
         "store": store,
-        "temperature": _or(sampling.temperature, 1.0),
+        "temperature": _first(sampling.temperature, model.defaults.temperature),
         "top_logprobs": top_logprobs or 0,
-        "top_p": _or(sampling.top_p, 1.0),
+        "top_p": _first(sampling.top_p, model.defaults.top_p),
         "truncation": truncation,
+        **echoed_tools(tools),
     }
     if conversation is not None:
         echoed["conversation"] = {"id": conversation}
@@ -162,6 +168,8 @@ def parse(body: object, model: ModelInfo) -> ParsedResponse:
         background=background,
         finish_without_client=on_disconnect == "finish",
         sampling=sampling,
+        tools=tools,
+        template_kwargs=_template_kwargs(fields),
         priority=fields.integer("priority", least=-(2**31), most=2**31 - 1) or 0,
         return_token_ids=fields.boolean("return_token_ids", False),
         echoed=echoed,
@@ -188,6 +196,8 @@ def to_turn(
         dialect="responses",
         model=parsed.model,
         messages=messages,
+        tools=parsed.tools,
+        template_kwargs=parsed.template_kwargs,
         sampling=parsed.sampling,
         priority=parsed.priority,
         stream=parsed.stream,
@@ -203,13 +213,15 @@ def to_turn(
     )
 
 
-def _or(value: float | None, otherwise: float) -> float:
-    return otherwise if value is None else value
+def _first(asked: float | None, advised: float | None) -> float:
+    return next((value for value in (asked, advised) if value is not None), 1.0)
 
 
-def _refuse_tools(fields: Fields) -> None:
-    fields.unsupported("tools", "the model cannot call tools yet", [])
-    fields.unsupported("tool_choice", "the model cannot call tools yet", "none", "auto")
+def _template_kwargs(fields: Fields) -> dict[str, Any]:
+    """Read ``reasoning.effort`` and, which wins, ``chat_template_kwargs``."""
+    reasoning = fields.inner("reasoning")
+    effort = thinking_kwargs(reasoning, "effort") if reasoning is not None else {}
+    return effort | (fields.mapping("chat_template_kwargs") or {})
 
 
 def _check_text(fields: Fields) -> None:

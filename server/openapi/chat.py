@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from server.dialects.messages import ROLES
+from server.dialects.tools import MAX_TOOLS
 from server.openapi.parts import (
     Schema,
     array,
@@ -27,6 +28,7 @@ from server.openapi.sampling import (
     STREAM_OPTIONS,
     N,
 )
+from server.openapi.tools import CHAT_TOOL_FIELDS, EFFORT, TEMPLATE_KWARGS, TOOL_CALL
 
 __all__ = ["PATHS", "SCHEMAS"]
 
@@ -46,7 +48,7 @@ _MESSAGE = obj(
         "content": nullable(one_of(string(), array(one_of(_TEXT_PART, _REFUSAL_PART), minItems=1))),
         "name": nullable(string()),
         "tool_call_id": nullable(string()),
-        "tool_calls": nullable(array(_TOOL_CALL)),
+        "tool_calls": nullable(array(_TOOL_CALL, maxItems=MAX_TOOLS)),
         "reasoning_content": nullable(string()),
     },
     text="Null content is allowed only beside an assistant's tool calls.",
@@ -69,17 +71,15 @@ _REQUEST = obj(
         "priority": PRIORITY,
         "return_token_ids": RETURN_TOKEN_IDS,
         "skip_special_tokens": nullable(boolean("Leave control tokens out of the text.")),
-        "chat_template_kwargs": nullable(
-            {"type": "object", "description": "More variables for the model's chat template."}
-        ),
+        "chat_template_kwargs": TEMPLATE_KWARGS,
         "add_generation_prompt": nullable(boolean("End the prompt with the assistant's opening.")),
         "continue_final_message": nullable(
             boolean("Go on with the last message, which is the assistant's.")
         ),
         **SAMPLING,
-        "tools": nullable(array(_ANY, "Not supported yet: only empty.", maxItems=0)),
-        "functions": nullable(array(_ANY, "Not supported yet: only empty.", maxItems=0)),
-        "tool_choice": nullable(enum("none", "auto")),
+        **CHAT_TOOL_FIELDS,
+        "reasoning_effort": EFFORT,
+        "functions": nullable(array(_ANY, "Replaced by `tools`: only empty.", maxItems=0)),
         "function_call": nullable(enum("none", "auto")),
         "response_format": nullable(obj({"type": enum("text")})),
         "modalities": nullable(array(enum("text"), minItems=1, maxItems=1)),
@@ -90,12 +90,10 @@ _REQUEST = obj(
         "best_of": nullable({"const": 1}),
         "use_beam_search": nullable({"const": False}),
         "metadata": _IGNORED,
-        "parallel_tool_calls": _IGNORED,
         "prediction": _IGNORED,
         "prompt_cache_key": _IGNORED,
         "prompt_cache_options": _IGNORED,
         "prompt_cache_retention": _IGNORED,
-        "reasoning_effort": _IGNORED,
         "safety_identifier": _IGNORED,
         "service_tier": _IGNORED,
         "store": _IGNORED,
@@ -105,7 +103,7 @@ _REQUEST = obj(
 )
 
 _LOGPROBS = nullable(obj({"content": array(ref("TokenLogprob")), "refusal": {"type": "null"}}))
-_FINISH = enum("stop", "length", text="`length`: a limit cut the answer.")
+_FINISH = enum("stop", "length", "tool_calls", text="`length`: a limit cut the answer.")
 _CHOICE_EXTRA = {
     "stop_reason": one_of(
         string(), integer(), text="The stop string or stop token id that ended the answer."
@@ -124,6 +122,14 @@ def _head(kind: str) -> dict[str, Schema]:
     }
 
 
+_CALL_DELTA = obj(
+    {
+        "index": integer(least=0),
+        "function": obj({"arguments": string("More of the JSON text.")}, {"name": string()}),
+    },
+    {"id": string(), "type": enum("function")},
+    text="Id and name come once, with the first of a call.",
+)
 _PROMPT_EXTRA = {
     "prompt_token_ids": ref("TokenIds"),
     "prompt_logprobs": ref("PromptLogprobs"),
@@ -139,10 +145,14 @@ _ANSWER = obj(
                     "message": obj(
                         {
                             "role": enum("assistant"),
-                            "content": string(),
+                            "content": nullable(string()),
                             "refusal": {"type": "null"},
                             "annotations": array(_ANY, maxItems=0),
-                        }
+                        },
+                        {
+                            "reasoning_content": string("What the model thought before."),
+                            "tool_calls": array(TOOL_CALL, minItems=1),
+                        },
                     ),
                     "logprobs": _LOGPROBS,
                     "finish_reason": _FINISH,
@@ -166,8 +176,10 @@ _CHUNK = obj(
                         {},
                         {
                             "role": enum("assistant"),
-                            "content": string(),
+                            "content": nullable(string()),
                             "refusal": {"type": "null"},
+                            "reasoning_content": string(),
+                            "tool_calls": array(_CALL_DELTA),
                         },
                     ),
                     "logprobs": _LOGPROBS,

@@ -113,7 +113,7 @@ PATHS: dict[str, dict[str, Any]] = {
     "/v1/conversations/{id}/items/{item}": {
         "get": _operation(
             "Return an item",
-            {200: json_body(ref("Message"), "The item.")},
+            {200: json_body(ref("Item"), "The item.")},
             errors=(404, 503),
             parameters=(_ID, _ITEM),
         ),

@@ -20,13 +20,21 @@ _EVENTS: tuple[type[events.Event], ...] = (
     events.ContentPartAdded,
     events.OutputTextDelta,
     events.OutputTextDone,
+    events.ReasoningTextDelta,
+    events.ReasoningTextDone,
+    events.FunctionCallArgumentsDelta,
+    events.FunctionCallArgumentsDone,
     events.ContentPartDone,
     events.OutputItemDone,
     events.Discontinuity,
     *events.TERMINAL_EVENTS,
 )
 # The types of these fields say no more than "an object".
-_OBJECTS = {"response": "Response", "item": "Message", "part": "OutputText"}
+_OBJECTS = {
+    "response": ref("Response"),
+    "item": ref("Item"),
+    "part": one_of(ref("OutputText"), ref("ReasoningText")),
+}
 _DESCRIBED_ELSEWHERE = ("TokenLogprob", "TopLogprob")
 
 
@@ -34,7 +42,7 @@ def _event(schema: Schema) -> Schema:
     fields: dict[str, Any] = dict(schema["properties"])
     for name, component in _OBJECTS.items():
         if name in fields:
-            fields[name] = ref(component)
+            fields[name] = component
     fields["sequence_number"] = integer("Dense from 0 within a response.", 0)
     required = [*schema["required"], "sequence_number"]
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from server.openapi.parts import Schema, array, enum, nullable, obj, one_of, ref, string
+from server.openapi.tools import GIVEN_CALL, GIVEN_OUTPUT, GIVEN_REASONING
 
 __all__ = ["CONTENT_PARTS", "INPUT", "ITEMS", "METADATA"]
 
@@ -27,8 +28,13 @@ _GIVEN = obj(
     is_open=True,
 )
 
-ITEMS = array(_GIVEN, "Messages.", minItems=1, maxItems=2048)
-INPUT = one_of(string(minLength=1), ITEMS, text="A text (one message of the user), or messages.")
+ITEMS = array(
+    one_of(_GIVEN, GIVEN_CALL, GIVEN_OUTPUT, GIVEN_REASONING),
+    "Messages, reasoning, calls and what came of them.",
+    minItems=1,
+    maxItems=2048,
+)
+INPUT = one_of(string(minLength=1), ITEMS, text="A text (one message of the user), or items.")
 
 CONTENT_PARTS: dict[str, Schema] = {
     "InputText": obj({"type": enum("input_text"), "text": string()}),

@@ -21,10 +21,11 @@ from server.openapi.parts import (
     string,
 )
 from server.openapi.sampling import PRIORITY, RETURN_TOKEN_IDS, SAMPLING, STREAM
+from server.openapi.tools import EFFORT, RESPONSE_TOOL_FIELDS, TEMPLATE_KWARGS
+from server.openapi.tools import SCHEMAS as TOOL_SCHEMAS
 
 __all__ = ["PATHS", "SCHEMAS"]
 
-_ANY: Schema = {}
 _IGNORED: Schema = {"description": "Accepted, and of no effect."}
 _NULL: Schema = {"type": "null"}
 _SAMPLING = {name: schema for name, schema in SAMPLING.items() if name != "prompt_logprobs"}
@@ -68,8 +69,9 @@ _REQUEST = obj(
         "metadata": nullable(METADATA),
         "truncation": nullable(enum("disabled", "auto")),
         "text": nullable(_TEXT_FORMAT),
-        "tools": nullable(array(_ANY, "Not supported yet: only empty.", maxItems=0)),
-        "tool_choice": nullable(enum("none", "auto")),
+        **RESPONSE_TOOL_FIELDS,
+        "reasoning": nullable(obj({}, {"effort": EFFORT}, is_open=True)),
+        "chat_template_kwargs": TEMPLATE_KWARGS,
         "priority": PRIORITY,
         "return_token_ids": RETURN_TOKEN_IDS,
         **_SAMPLING,
@@ -82,12 +84,9 @@ _REQUEST = obj(
         "background_options": _IGNORED,
         "context_management": _IGNORED,
         "image": _IGNORED,
-        "max_tool_calls": _IGNORED,
-        "parallel_tool_calls": _IGNORED,
         "prompt_cache_key": _IGNORED,
         "prompt_cache_options": _IGNORED,
         "prompt_cache_retention": _IGNORED,
-        "reasoning": _IGNORED,
         "safety_identifier": _IGNORED,
         "service_tier": _IGNORED,
         "stream_options": _IGNORED,
@@ -122,15 +121,15 @@ _RESPONSE = obj(
         "max_tool_calls": nullable(integer()),
         "metadata": METADATA,
         "model": string(),
-        "output": array(ref("Message")),
+        "output": array(ref("Item")),
         "parallel_tool_calls": boolean(),
         "previous_response_id": nullable(string()),
         "service_tier": string(),
         "store": boolean(),
         "temperature": number(),
         "text": obj({"format": obj({"type": enum("text")})}),
-        "tool_choice": string(),
-        "tools": array(_ANY, maxItems=0),
+        "tool_choice": one_of(string(), {"type": "object"}),
+        "tools": array({"type": "object"}),
         "top_logprobs": integer(),
         "top_p": number(),
         "truncation": string(),
@@ -156,10 +155,11 @@ SCHEMAS: dict[str, Schema] = {
         }
     ),
     **CONTENT_PARTS,
+    **TOOL_SCHEMAS,
     "ItemList": obj(
         {
             "object": enum("list"),
-            "data": array(ref("Message")),
+            "data": array(ref("Item")),
             "first_id": nullable(string()),
             "last_id": nullable(string()),
             "has_more": boolean(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from server.dialects import chat
+from server.dialects.chat_answers import ChatCollector, ChatStream
 from server.dialects.projection import fingerprint
 from server.routes.bodies import json_response, read_json
 from server.routes.collect import collect
@@ -20,8 +21,8 @@ async def create(http: web.Request) -> web.StreamResponse:
     request = chat.parse(await read_json(http), info, http[OWNER])
     turn = await http.app[TURNS].start(request.turn)
     if request.turn.stream:
-        return await sse.respond(http, turn, chat.ChatStream(request, fingerprint(info)).feed)
-    collector = chat.ChatCollector(request, fingerprint(info))
+        return await sse.respond(http, turn, ChatStream(request, fingerprint(info)).feed)
+    collector = ChatCollector(request, fingerprint(info))
     await collect(turn, collector.feed)
     return json_response(collector.result())
 

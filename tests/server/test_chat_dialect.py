@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from server.dialects.chat import ChatCollector, ChatRequest, ChatStream, parse
+from server.dialects.chat import ChatRequest, parse
+from server.dialects.chat_answers import ChatCollector, ChatStream
 from server.errors import ApiError
 from server.events import Event, ResponseCancelled, ResponsePrompt
-from server.request import SamplingOptions, TurnRequest
+from server.request import SamplingOptions, ToolOptions, TurnRequest
 from tests.server.turn_events import (
     CREATED,
     HEX,
@@ -65,6 +66,12 @@ def _struct(value: Any) -> Any:
     return {name: getattr(value, name) for name in value.__struct_fields__}
 
 
+TOOL = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
+}
+
+
 def test_the_smallest_body() -> None:
     assert chat() == ChatRequest(
         TurnRequest(dialect="chat", model="pebble", messages=USER), chat().shape
@@ -102,8 +109,9 @@ def test_everything_arrives() -> None:
             metadata={"a": "b"},
             service_tier="auto",
             reasoning_effort="low",
-            tools=[],
+            tools=[TOOL],
             tool_choice="none",
+            parallel_tool_calls=False,
             response_format={"type": "text"},
         ),
         MODEL,
@@ -113,6 +121,7 @@ def test_everything_arrives() -> None:
         dialect="chat",
         model="pebble",
         messages=USER,
+        tools=ToolOptions(functions=[TOOL], choice="none", parallel=False),
         n=3,
         stream=True,
         sampling=SamplingOptions(
@@ -215,8 +224,7 @@ def text_part(**fields: Any) -> list[dict[str, Any]]:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
         ({"logprobs": 1}, "logprobs", "invalid_type"),
         ({"temperature": 9}, "temperature", "invalid_value"),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
-        ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
+        ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
         ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
         ({"modalities": ["text", "audio"]}, "modalities", "unsupported_parameter"),

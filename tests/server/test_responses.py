@@ -304,7 +304,7 @@ BAD: list[tuple[dict[str, Any], int, str | None]] = [
     ({"input": [{"role": "user"}]}, 400, "input[0].content"),
     ({"input": [{"role": "user", "content": 5}]}, 400, "input[0].content"),
     ({"input": [{"role": "user", "content": []}]}, 400, "input[0].content"),
-    ({"input": [{"type": "reasoning"}]}, 400, "input[0].type"),
+    ({"input": [{"type": "web_search_call"}]}, 400, "input[0].type"),
     (
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
         400,
@@ -317,7 +317,7 @@ BAD: list[tuple[dict[str, Any], int, str | None]] = [
     ),
     ({"input": "x" * 5000}, 400, "input"),
     ({"instructions": 4}, 400, "instructions"),
-    ({"tools": [{"type": "web_search"}]}, 400, "tools"),
+    ({"tools": [{"type": "web_search"}]}, 400, "tools[0].type"),
     ({"tool_choice": "required"}, 400, "tool_choice"),
     ({"text": {"format": {"type": "json_object"}}}, 400, "text.format.type"),
     ({"text": 1}, 400, "text"),
