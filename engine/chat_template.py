@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -96,6 +97,10 @@ class ChatTemplate:
         }
         self._lock = threading.Lock()
         self._child: _Child | None = None
+
+    def mentions(self, variable: str) -> bool:
+        """Return whether a template of the checkpoint uses ``variable`` at all."""
+        return any(re.search(rf"\b{variable}\b", text) for text in self._sources.values())
 
     def start(self) -> None:
         """Start the child now, so that the first rendering does not wait for it."""

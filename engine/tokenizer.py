@@ -33,6 +33,8 @@ class Tokenizer:
     special_ids: frozenset[int]
     """Tokens that are no text: they are left out of decoded text."""
     has_chat_template: bool
+    takes_tools: bool
+    """Whether the chat template tells the model of tools."""
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class Tokenizer:
         self.eos_token_ids = eos_token_ids
         self.special_ids = frozenset(token.token_id for token in tokens if token.special)
         self.has_chat_template = template is not None
+        self.takes_tools = template is not None and template.mentions("tools")
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:

@@ -78,6 +78,8 @@ class Prompter:
     def _render(self, request: TurnRequest) -> list[int]:
         if clash := sorted(_OWN_ARGUMENTS.intersection(request.template_kwargs)):
             raise TemplateError(f"the template's variable {clash[0]} cannot be set from outside")
+        if request.tools.active and not self._tokenizer.takes_tools:
+            raise TemplateError("the model's chat template knows no tools; send none")
         ids = self._tokenizer.render_chat(
             request.messages or [],
             tools=request.tools.functions if request.tools.active else None,

@@ -229,9 +229,11 @@ class Turn:
         while True:
             await self._pump(sequence)
             choice = sequence.choice
-            if choice.finish_reason != "tool_calls":
+            if choice.finish_reason != "tool_calls" or not self.request.tools.builtin:
                 return
-            results = rounds.run([item for _, item in choice.items.bodies()])
+            items = [item for _, item in choice.items.bodies()]
+            # In a thread: the clock reads files.
+            results = await asyncio.to_thread(rounds.run, items)
             if results is None:
                 return
             first_index = choice.items.next_index

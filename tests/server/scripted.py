@@ -33,7 +33,16 @@ from engine import (
 )
 from engine.text_stream import LeadingSpace, Piece
 
-__all__ = ["EOS", "ByteTokenizer", "Script", "ScriptedEngine", "byte_tokenizer", "say"]
+__all__ = [
+    "EOS",
+    "ByteTokenizer",
+    "Script",
+    "ScriptedEngine",
+    "byte_tokenizer",
+    "call_text",
+    "prompt_text",
+    "say",
+]
 
 EOS = 256
 START = 257
@@ -47,6 +56,7 @@ class ByteTokenizer:
     eos_token_ids = (EOS,)
     special_ids = frozenset({EOS, START})
     has_chat_template = True
+    takes_tools = True
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         return list(text.encode("utf-8", "replace"))
@@ -67,11 +77,22 @@ class ByteTokenizer:
         )
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **_: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **_: Any,
     ) -> list[int]:
         ids: list[int] = []
+        if tools:
+            names = ", ".join(tool["function"]["name"] for tool in tools)
+            ids += [START, *self.encode(f"tools: {names}\n")]
         for message in messages:
-            ids += [START, *self.encode(f"{message['role']}: {message['content']}\n")]
+            text = f"{message['role']}: {message['content']}"
+            for call in message.get("tool_calls", ()):
+                text += f" [{call['function']['name']} {call['function']['arguments']}]"
+            ids += [START, *self.encode(f"{text}\n")]
         return [*ids, START] if add_generation_prompt else ids
 
     def close(self) -> None: ...
@@ -100,6 +121,16 @@ def say(text: str, *, per_step: int = 1, **options: Any) -> Script:
     ids = list(text.encode())
     steps = [ids[start : start + per_step] for start in range(0, len(ids), per_step)]
     return Script(steps=steps or [[]], **options)
+
+
+def call_text(name: str, arguments: str) -> str:
+    """Return a call as a Qwen3 model writes it."""
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+def prompt_text(request: Request) -> str:
+    """Return a prompt that ByteTokenizer rendered, a line a message."""
+    return bytes(token_id for token_id in request.prompt_ids if token_id < EOS).decode()
 
 
 class ScriptedEngine:

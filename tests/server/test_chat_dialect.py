@@ -225,7 +225,6 @@ def text_part(**fields: Any) -> list[dict[str, Any]]:
         ({"logprobs": 1}, "logprobs", "invalid_type"),
         ({"temperature": 9}, "temperature", "invalid_value"),
         ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
-        ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
         ({"modalities": ["text", "audio"]}, "modalities", "unsupported_parameter"),
         ({"chat_template": "{{ messages }}"}, "chat_template", "unsupported_parameter"),
