@@ -6,7 +6,6 @@ import { explain, explainBody } from "../src/lib/problem";
 import { DEFAULTS, NUMBER_FIELDS, readNumber, readSettings, requestFields } from "../src/lib/settings";
 import { SseParser } from "../src/lib/sse";
 import { formatRate, formatSeconds, formatTokens, measure } from "../src/lib/stats";
-import { partThinking } from "../src/lib/thinking";
 import { newTurn } from "../src/lib/turn";
 
 describe("SseParser", () => {
@@ -25,18 +24,6 @@ describe("SseParser", () => {
     expect(parser.push("data: half")).toEqual([]);
     expect(parser.push("\n\n")).toEqual(["half"]);
   });
-});
-
-describe("partThinking", () => {
-  it.each([
-    ["plain", { thinking: "", answer: "plain", open: false }],
-    ["<thi", { thinking: "", answer: "", open: true }],
-    ["<think>\nso", { thinking: "so", answer: "", open: true }],
-    ["<think>\n\n</think>\n\nHi", { thinking: "", answer: "Hi", open: false }],
-    ["<think>a</think>b", { thinking: "a", answer: "b", open: false }],
-    ["say <think>", { thinking: "", answer: "say <think>", open: false }],
-    ["", { thinking: "", answer: "", open: false }],
-  ])("parts %j", (text, parted) => expect(partThinking(text)).toEqual(parted));
 });
 
 describe("announcements", () => {

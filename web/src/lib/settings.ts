@@ -1,6 +1,8 @@
 /**
- * Model and sampling settings: null means "the model's default" and is not sent.
+ * Model, sampling and tools: null means "the model's default" and is not sent.
  */
+import { TOOLS } from "./tools";
+
 export interface Settings {
   model: string | null;
   system: string;
@@ -9,6 +11,8 @@ export interface Settings {
   topK: number | null;
   maxTokens: number | null;
   seed: number | null;
+  /** Kinds of the server's own tools that the model may use. */
+  tools: readonly string[];
 }
 
 export const DEFAULTS: Settings = {
@@ -19,6 +23,7 @@ export const DEFAULTS: Settings = {
   topK: null,
   maxTokens: null,
   seed: null,
+  tools: [],
 };
 
 export interface NumberField {
@@ -62,6 +67,8 @@ export function readSettings(stored: unknown): Settings {
     const value = given[field.key];
     if (typeof value === "number") settings[field.key] = readNumber(field, String(value)).value;
   }
+  const tools = given["tools"];
+  if (Array.isArray(tools)) settings.tools = TOOLS.map(({ kind }) => kind).filter((kind) => tools.includes(kind));
   return settings;
 }
 
@@ -74,5 +81,6 @@ export function requestFields(settings: Settings): Record<string, unknown> {
   if (settings.topK !== null) fields["top_k"] = settings.topK;
   if (settings.maxTokens !== null) fields["max_output_tokens"] = settings.maxTokens;
   if (settings.seed !== null) fields["seed"] = settings.seed;
+  if (settings.tools.length > 0) fields["tools"] = settings.tools.map((type) => ({ type }));
   return fields;
 }

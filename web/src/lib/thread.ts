@@ -2,6 +2,7 @@
  * A conversation as the page shows it: stored items, and the turn that is running.
  */
 import { measure, type Stats } from "./stats";
+import { textOf, withItem, type Part } from "./parts";
 import { newTurn, type Phase, type TurnState } from "./turn";
 import { itemText, type Item } from "./wire";
 
@@ -33,23 +34,33 @@ const NO_STATS: Stats = { ttft_s: null, tokensPerSecond: null, outputTokens: nul
 /** Turns the items of a stored conversation, oldest first, into messages. */
 export function fromItems(items: readonly Item[], notes: Notes): Message[] {
   const messages: Message[] = [];
+  let answer: Item[] = [];
+  const close = (): void => {
+    const key = answer[0]?.id;
+    if (key !== undefined) messages.push(storedAnswer(key, answer, notes[key]));
+    answer = [];
+  };
   for (const [index, item] of items.entries()) {
-    if (item.type !== "message") continue;
-    const key = item.id ?? `stored-${index}`;
-    if (item.role === "user") messages.push({ role: "user", key, text: itemText(item) });
-    if (item.role === "assistant") messages.push(storedAnswer(key, item, notes[key]));
+    const given = item.type === "message" && item.role !== "assistant";
+    // Two messages of the model in a row are two answers; with a call between them they are one.
+    if (given || (item.type === "message" && answer.at(-1)?.type === "message")) close();
+    const id = item.id ?? `stored-${index}`;
+    if (!given) answer.push({ ...item, id });
+    else if (item.role === "user") messages.push({ role: "user", key: id, text: itemText(item) });
   }
+  close();
   return messages;
 }
 
-function storedAnswer(key: string, item: Item, note: Note | undefined): AnswerMessage {
-  const complete = item.status === undefined || item.status === "completed";
+function storedAnswer(key: string, items: readonly Item[], note: Note | undefined): AnswerMessage {
+  const complete = items.every(({ status }) => status === undefined || status === "completed");
+  const parts = items.reduce<readonly Part[]>((before, item) => withItem(before, item, true), []);
   // What the server stored decides whether it is whole; the note only says how it ended early.
   const phase = complete ? "completed" : note !== undefined && note.phase !== "completed" ? note.phase : "incomplete";
   return {
     role: "assistant",
     key,
-    turn: { ...newTurn(null), phase, itemId: key, text: itemText(item), incompleteReason: note?.reason ?? null },
+    turn: { ...newTurn(null), phase, itemId: key, parts, text: textOf(parts), incompleteReason: note?.reason ?? null },
     stats: note ?? NO_STATS,
   };
 }
@@ -91,12 +102,14 @@ export function withoutStored(messages: readonly Message[], itemId: string): Mes
  * server refused the question or failed, for then it stored nothing.
  */
 export function lastExchange(items: readonly Item[], question: string, answerId: string | null): string[] {
-  const last = items.at(-1);
-  const answered = answerId !== null && last?.id === answerId;
-  const asked = answered ? items.at(-2) : last;
+  // An answer has several items where tools were called; none follows it.
+  const at = answerId === null ? -1 : items.findIndex(({ id }) => id === answerId);
+  const answer = at < 0 ? [] : items.slice(at);
+  if (answer.some(({ role }) => role === "user")) return [];
+  const asked = at < 0 ? items.at(-1) : items[at - 1];
   // Stopped before the first word, only the question was stored.
-  const stored = asked?.role === "user" && (answered || (answerId === null && itemText(asked) === question));
-  const ids = [answered ? answerId : undefined, stored ? asked.id : undefined];
+  const stored = asked?.role === "user" && (at >= 0 || (answerId === null && itemText(asked) === question));
+  const ids = [...answer.map(({ id }) => id).reverse(), stored ? asked.id : undefined];
   return ids.filter((id) => id !== undefined);
 }
 

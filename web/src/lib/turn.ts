@@ -1,8 +1,9 @@
 /**
  * One answer as the page knows it: events in, state out. No I/O, no clock of its own.
  */
+import { textOf, withDelta, withItem, type Part } from "./parts";
 import { explain, LOST, type Problem } from "./problem";
-import { itemText, type TurnEvent, type Usage } from "./wire";
+import type { TurnEvent, Usage } from "./wire";
 
 export type Phase =
   | "sending"
@@ -18,10 +19,13 @@ export type Phase =
 export interface TurnState {
   readonly phase: Phase;
   readonly responseId: string | null;
+  /** The first of the answer's items. */
   readonly itemId: string | null;
   readonly model: string | null;
   /** Sequence number of the last event that was applied. */
   readonly lastSequence: number | null;
+  readonly parts: readonly Part[];
+  /** The words of all parts that are text. */
   readonly text: string;
   readonly usage: Usage | null;
   readonly problem: Problem | null;
@@ -57,6 +61,7 @@ export function newTurn(now: number | null, responseId: string | null = null): T
     itemId: null,
     model: null,
     lastSequence: null,
+    parts: [],
     text: "",
     usage: null,
     problem: null,
@@ -97,16 +102,17 @@ function apply(state: TurnState, event: TurnEvent, now: number): TurnState {
         model: event.response?.model ?? state.model,
       };
     case "response.output_item.added":
-      return { ...state, itemId: event.item?.id ?? state.itemId };
-    case "response.output_text.delta": {
+      if (event.item === undefined) return state;
+      return grown({ ...state, itemId: state.itemId ?? event.item.id ?? null }, withItem(state.parts, event.item, false));
+    case "response.output_text.delta":
+    case "response.reasoning_text.delta":
+    case "response.function_call_arguments.delta": {
       const delta = event.delta ?? "";
-      const next: TurnState = { ...state, phase: "streaming", text: state.text + delta };
+      const next = grown({ ...state, phase: "streaming" }, withDelta(state.parts, event.item_id ?? "", delta));
       return delta === "" || state.sentAt === null ? next : timed(next, now);
     }
-    case "response.output_text.done":
-      return { ...state, text: event.text ?? state.text };
     case "response.output_item.done":
-      return event.item?.content === undefined ? state : { ...state, text: itemText(event.item) };
+      return event.item === undefined ? state : grown(state, withItem(state.parts, event.item, true));
     case "response.completed":
       return finish(state, "completed", event);
     case "response.incomplete":
@@ -118,6 +124,10 @@ function apply(state: TurnState, event: TurnEvent, now: number): TurnState {
     default:
       return state;
   }
+}
+
+function grown(state: TurnState, parts: readonly Part[]): TurnState {
+  return { ...state, parts, text: textOf(parts) };
 }
 
 function timed(state: TurnState, now: number): TurnState {

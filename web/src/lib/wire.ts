@@ -28,6 +28,11 @@ export interface Item {
   role?: string;
   status?: string;
   content?: string | TextPart[];
+  /** Of a call, and of what came of it. */
+  call_id?: string;
+  name?: string;
+  arguments?: string;
+  output?: string;
 }
 
 export interface ItemList {
