@@ -25,6 +25,7 @@ _PROMPT = "you> "
 _HELP = """\
 /new           begin a new conversation
 /model [NAME]  show or choose the model
+/tools on|off  let the model calculate and look at the clock, or not
 /system [TEXT] show or set the system prompt; /system none removes it
 /help          this list
 /quit          leave (so does Ctrl-D)
@@ -100,6 +101,7 @@ class Chat:
             "new": self._new,
             "model": self._model,
             "system": self._system,
+            "tools": self._tools,
             "help": self._help,
             "quit": self._quit,
             "exit": self._quit,
@@ -124,6 +126,7 @@ class Chat:
             status = self._exchange(
                 text.rstrip("\n"),
                 lambda added: plain_answer(sys.stdout, added, to_terminal=to_terminal),
+                lambda line: self._errors.print(line, style="dim", markup=False, highlight=False),
             )
         except KeyboardInterrupt:
             return 130
@@ -167,7 +170,7 @@ class Chat:
                 )
             with GrowingAnswer(self._console) as shown:
                 self._connection.on_broken = shown.note
-                self._exchange(text, shown.add)
+                self._exchange(text, shown.add, shown.call)
         except (ServerAway, ServerRefused) as error:
             self._console.print(f"{error}", style="red", markup=False, highlight=False)
             self._console.print("[dim]Nothing was sent; try again when it is back.[/]\n")
@@ -181,10 +184,10 @@ class Chat:
                 self._console.print("[dim]The next question begins a new conversation.[/]\n")
                 self._dialogue.conversation_id = None
 
-    def _exchange(self, text: str, show: Callable[[str], None]) -> int:
+    def _exchange(self, text: str, show: Callable[[str], None], tell: Callable[[str], None]) -> int:
         """Send ``text`` and show its answer; Ctrl-C stops the answer, a second one the waiting."""
         self._answer = None
-        work = self._loop.submit(self._follow(text, show))
+        work = self._loop.submit(self._follow(text, show, tell))
         stopped = False
         while True:
             try:
@@ -204,11 +207,15 @@ class Chat:
                 return 130
             return 0 if answer.phase in (Phase.COMPLETED, Phase.INCOMPLETE) else 1
 
-    async def _follow(self, text: str, show: Callable[[str], None]) -> Answer:
+    async def _follow(
+        self, text: str, show: Callable[[str], None], tell: Callable[[str], None]
+    ) -> Answer:
         answer: Answer | None = None
         async with contextlib.aclosing(self._connection.ask(self._dialogue, text)) as steps:
             async for answer, added in steps:
                 self._answer = answer
+                for line in answer.take_lines():
+                    tell(line)
                 if added:
                     show(added)
         assert answer is not None
@@ -260,6 +267,13 @@ class Chat:
             self._dialogue.system = None if text == "none" else text
         shown = self._dialogue.system or "no system prompt"
         self._console.print(f"{shown}\n", style="dim", markup=False, highlight=False)
+        return True
+
+    def _tools(self, word: str) -> bool:
+        if word in ("on", "off"):
+            self._dialogue.tools = word == "on"
+        state = "may use the server's tools" if self._dialogue.tools else "has no tools"
+        self._console.print(f"the model {state}\n", style="dim", markup=False, highlight=False)
         return True
 
     def _help(self, _: str) -> bool:

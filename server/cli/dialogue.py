@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from server.agent.tools import BUILTIN_TOOLS
+
 __all__ = ["Answer", "Command", "Dialogue", "EventLines", "Phase", "parse_line", "split_finished"]
 
+_MAX_LINE = 80
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _NEW_BLOCK = re.compile(r"(?![-*+>|]|\d{1,9}[.)])\S")
 """Begins a block that is no continuation of a list, a quotation or a table."""
@@ -70,6 +73,8 @@ class Dialogue(msgspec.Struct):
     system: str | None = None
     temperature: float | None = None
     conversation_id: str | None = None
+    tools: bool = False
+    """Whether the model may use the server's own tools."""
 
     def request(self, text: str) -> dict[str, Any]:
         """Return the ``response.create`` event that asks for an answer to ``text``."""
@@ -78,6 +83,7 @@ class Dialogue(msgspec.Struct):
             "instructions": self.system,
             "temperature": self.temperature,
             "conversation": self.conversation_id,
+            "tools": [{"type": kind} for kind in BUILTIN_TOOLS] if self.tools else None,
         }
         return {
             "type": "response.create",
@@ -95,6 +101,8 @@ class Answer:
         self._first_s: float | None = None
         self._last_s = asked_s
         self._parts: list[str] = []
+        self._calls: dict[str, Mapping[str, Any]] = {}
+        self._lines: list[str] = []
         self.phase = Phase.WAITING
         self.response_id: str | None = None
         self.last_number: int | None = None
@@ -108,6 +116,11 @@ class Answer:
     def text(self) -> str:
         """What was answered so far."""
         return "".join(self._parts)
+
+    def take_lines(self) -> list[str]:
+        """Return what was called since the last time, a line a call."""
+        lines, self._lines = self._lines, []
+        return lines
 
     def feed(self, event: Mapping[str, Any], now_s: float) -> str:
         """Take one event; return the text that it adds."""
@@ -127,6 +140,8 @@ class Answer:
             self._end(_TERMINAL[kind], _mapping(event.get("response")), now_s)
         elif kind == "response.created":
             self.response_id = _mapping(event.get("response")).get("id")
+        elif kind == "response.output_item.done":
+            self._note_call(_mapping(event.get("item")))
         elif kind == "response.output_text.delta":
             return self._grow(str(event.get("delta", "")), now_s)
         return ""
@@ -166,6 +181,15 @@ class Answer:
             parts.append("the server lost a part of it")
         return " · ".join(parts)
 
+    def _note_call(self, item: Mapping[str, Any]) -> None:
+        """Make a line of a call once its result is there."""
+        if item.get("type") == "function_call":
+            self._calls[str(item.get("call_id"))] = item
+        elif item.get("type") == "function_call_output":
+            call = self._calls.pop(str(item.get("call_id")), {})
+            asked, said = _values(call.get("arguments")), _values(item.get("output"))
+            self._lines.append(f"{call.get('name', 'a tool')}: {asked} → {said}")
+
     def _grow(self, delta: str, now_s: float) -> str:
         if delta and self._first_s is None:
             self._first_s = now_s
@@ -195,6 +219,18 @@ def _first_text(seconds: float) -> str:
     return (
         f"first after {seconds * 1000:,.0f} ms" if seconds < 1 else f"first after {seconds:.1f} s"
     )
+
+
+def _values(text: object) -> str:
+    """Return the values of an object in JSON, on one line of bounded length."""
+    try:
+        value = json.loads(str(text))
+    except (ValueError, RecursionError):
+        value = text
+    values = value.values() if isinstance(value, dict) else [value]
+    line = ", ".join(one if isinstance(one, str) else json.dumps(one) for one in values)
+    line = " ".join(line.split())
+    return line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE - 1]}…"
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

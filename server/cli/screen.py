@@ -82,6 +82,14 @@ class GrowingAnswer:
         """Print a line about what is going on."""
         self._live.console.print(f"[yellow]{text}[/]", highlight=False)
 
+    def call(self, line: str) -> None:
+        """Print what a tool was asked and said, behind the text that came before it."""
+        tail, self._tail = self._tail, ""
+        self._live.update(Spinner("dots"), refresh=True)
+        if tail.strip():
+            self._live.console.print(Markdown(tail))
+        self._live.console.print(without_controls(line), style="dim", markup=False, highlight=False)
+
 
 def plain_answer(out: TextIO, text: str, *, to_terminal: bool) -> None:
     """Write text as it is; on a terminal, without what could steer it."""

@@ -33,6 +33,17 @@ def answer(*texts: str) -> list[dict[str, Any]]:
     return [created(), *deltas, ended(len(texts) + 1)]
 
 
+def calculation(number: int) -> list[dict[str, Any]]:
+    """The events of a call that the server ran, from ``number`` on."""
+    call = {"type": "function_call", "call_id": "c", "name": "calculator"}
+    call["arguments"] = '{"expression": "1 + 1"}'
+    output = {"type": "function_call_output", "call_id": "c", "output": '{"result": 2}'}
+    return [
+        {"type": "response.output_item.done", "sequence_number": number + place, "item": item}
+        for place, item in enumerate((call, output))
+    ]
+
+
 class ChatServer:
     """Plays ``script`` (a function of the request) for each question.
 

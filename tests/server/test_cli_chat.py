@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.server.chat_server import KEY, ChatServer, answer, created, delta, ended
+from tests.server.chat_server import KEY, ChatServer, answer, calculation, created, delta, ended
 from tests.server.process import needs_model, serving
 from tests.server.terminal import terminal
 
@@ -73,6 +73,24 @@ class TestOnATerminal:
         assert first["temperature"] == 0.5
         assert third["input"] == "/third\nand more"
         assert server.titles == ["first thing", "/third and more"]
+
+    async def test_tools(self, server: ChatServer) -> None:
+        server.script = lambda _: [
+            created(), delta(1, "Let me see.\n"), *calculation(2), delta(4, "Two."), ended(5)
+        ]  # fmt: skip
+        async with terminal("chat", "--url", server.url) as screen:
+            await screen.expect(PROMPT)
+            screen.type("/tools on\r")
+            await screen.expect("may use the server's tools")
+            await screen.expect(PROMPT)
+            screen.type("1 + 1?\r")
+            await screen.expect("Let me see.")
+            await screen.expect("calculator: 1 + 1 → 2")
+            await screen.expect("Two.")
+            await screen.expect(PROMPT)
+            screen.type("/quit\r")
+            assert await screen.process.wait() == 0
+        assert len(server.asked[0]["tools"]) == 2
 
     async def test_ctrl_c_stops_the_answer_and_not_the_program(self, server: ChatServer) -> None:
         server.script = lambda _: [created(), delta(1, "endless"), "wait", ended(2, "cancelled")]

@@ -19,7 +19,7 @@ from server.cli.dialogue import (
     split_finished,
 )
 from server.cli.screen import without_controls
-from tests.server.chat_server import answer, created, delta, ended
+from tests.server.chat_server import answer, calculation, created, delta, ended
 
 
 class TestAnswer:
@@ -52,6 +52,23 @@ class TestAnswer:
         assert one.phase is phase
         assert one.text == "a"
         assert told in one.summary()
+
+    def test_calls_become_lines(self) -> None:
+        one = Answer(0.0)
+        self.feed([created(), delta(1, "Hm. "), *calculation(2), delta(4, "2")], one)
+        assert one.text == "Hm. 2"
+        assert one.take_lines() == ["calculator: 1 + 1 → 2"]
+        assert one.take_lines() == []
+
+    @pytest.mark.parametrize("text", ["not json", "[" * 9999, '{"a": "\n\n' + "x" * 500 + '"}'])
+    def test_odd_calls_become_short_lines(self, text: str) -> None:
+        one = Answer(0.0)
+        events = calculation(1)
+        events[1]["item"]["output"] = text
+        self.feed([created(), *events], one)
+        [line] = one.take_lines()
+        assert "\n" not in line
+        assert len(line) < 120
 
     def test_failure(self) -> None:
         one = Answer(0.0)
@@ -114,6 +131,10 @@ class TestDialogue:
         assert request["instructions"] == "be kind"
         assert request["temperature"] == 0.0
         assert request["conversation"] == "conv_1"
+        assert "tools" not in request
+        dialogue.tools = True
+        kinds = [tool["type"] for tool in dialogue.request("hi")["tools"]]
+        assert kinds == ["millrace:calculator", "millrace:current_time"]
 
 
 class TestLines:
