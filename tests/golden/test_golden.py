@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import pytest
 from aiohttp import ClientResponse
 
+from engine import Request
 from tests.server.edge import Edge, serving
-from tests.server.scripted import ScriptedEngine, say
+from tests.server.scripted import Script, ScriptedEngine, call_text, prompt_text, say
 
 HERE = Path(__file__).parent
 UPDATE = os.environ.get("MILLRACE_UPDATE_GOLDEN") == "1"
@@ -34,6 +35,8 @@ class Case(NamedTuple):
     said: str = "Grüß Gott"
     method: str = "POST"
     dies_after: int | None = None
+    per_step: int = 1
+    max_model_len: int = 64
 
 
 MESSAGES = [
@@ -45,6 +48,16 @@ TEXT = {"model": "scripted", "prompt": "Hi", "seed": 1}
 RESPONSE = {"model": "scripted", "input": "Hi", "seed": 1}
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 EVERYTHING = {"n": 2, "return_token_ids": True, "prompt_logprobs": 1}
+
+TOOL = {
+    "name": "book",
+    "description": "Book a table",
+    "parameters": {"type": "object", "properties": {"people": {"type": "integer"}}},
+}
+WITH_TOOL = {**CHAT, "tools": [{"type": "function", "function": TOOL}]}
+CALLS = "<think>\nTwo.\n</think>\n\nOk.\n" + call_text("book", '{"people": 2}')
+LONG: dict[str, Any] = {"per_step": 9, "max_model_len": 512}
+CALCULATE = call_text("calculator", '{"expression": "6 * 7"}')
 
 CASES = [
     Case("chat", "/v1/chat/completions", CHAT),
@@ -94,6 +107,22 @@ CASES = [
         },
     ),
     Case("responses_stream_dies", "/v1/responses", {**RESPONSE, "stream": True}, "abc", "POST", 2),
+    Case("chat_tools", "/v1/chat/completions", WITH_TOOL, CALLS, **LONG),
+    Case("chat_stream_tools", "/v1/chat/completions", {**WITH_TOOL, **STREAM}, CALLS, **LONG),
+    Case(
+        "responses_stream_tools",
+        "/v1/responses",
+        {**RESPONSE, "stream": True, "tools": [{"type": "function", **TOOL}]},
+        CALLS,
+        **LONG,
+    ),
+    Case(
+        "responses_stream_builtin",
+        "/v1/responses",
+        {**RESPONSE, "stream": True, "tools": [{"type": "millrace:calculator"}]},
+        CALCULATE,
+        **LONG,
+    ),
     Case("models", "/v1/models", None, method="GET"),
     Case("tokenize", "/tokenize", {"messages": MESSAGES, "return_token_strs": True}),
     Case("detokenize", "/detokenize", {"tokens": [71, 114, 195, 188, 256]}),
@@ -138,7 +167,12 @@ def normal(text: bytes) -> bytes:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 async def test_transcript(case: Case) -> None:
-    engine = ScriptedEngine(say(case.said, dies_after=case.dies_after), max_model_len=64)
+    def script(request: Request) -> Script:
+        # What the server's own tool said is answered in a second round.
+        text = "It is 42." if "tool: " in prompt_text(request) else case.said
+        return say(text, per_step=case.per_step, dies_after=case.dies_after)
+
+    engine = ScriptedEngine(script, max_model_len=case.max_model_len)
     async with serving(engine) as edge:
         now = await record(edge, case)
     path = HERE / f"{case.name}.txt"
