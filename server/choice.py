@@ -7,7 +7,8 @@ from enum import Enum
 
 from engine import Delta, FinishReason, Tokenizer, TokenLogprobs, Usage
 from server.events import Event, ResponsePrompt, TokenLogprob, TopLogprob
-from server.output_items import Chunk, OutputItems
+from server.growing_items import Chunk
+from server.output_items import OutputItems
 from server.parsing.stop_strings import StopStrings
 from server.request import TurnRequest
 

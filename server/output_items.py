@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable
+from typing import Any
 
-from server.events import (
-    ContentPartAdded,
-    ContentPartDone,
-    Event,
-    FunctionCallArgumentsDelta,
-    FunctionCallArgumentsDone,
-    OutputItemAdded,
-    OutputItemDone,
-    OutputTextDelta,
-    OutputTextDone,
-    ReasoningTextDelta,
-    ReasoningTextDone,
-    TokenLogprob,
-)
+from server.events import Event, OutputItemDone
+from server.growing_items import CallItem, Chunk, GrowingItem, MessageItem, ReasoningItem
 from server.parsing.qwen import (
     CallArguments,
     CallBegin,
@@ -28,189 +16,8 @@ from server.parsing.qwen import (
     QwenParser,
     Reasoning,
 )
-from server.response_object import (
-    function_call_item,
-    message_item,
-    new_id,
-    output_text,
-    reasoning_item,
-)
 
-__all__ = ["Chunk", "OutputItems"]
-
-
-class Chunk(NamedTuple):
-    """Decoded text with the tokens that it came from; ids and log-probabilities where wanted."""
-
-    text: str
-    num_tokens: int = 0
-    token_ids: list[int] | None = None
-    logprobs: Sequence[TokenLogprob] = ()
-
-
-class _Item(Protocol):
-    """One output item."""
-
-    output_index: int
-
-    def begin(self) -> list[Event]:
-        """Return the events that open it."""
-
-    def add(self, chunk: Chunk) -> Event:
-        """Take more text; return the event that says so."""
-
-    def settle(self) -> list[Event]:
-        """Return its own last events."""
-
-    def body(self, status: str) -> dict[str, Any]:
-        """Return it as it stands."""
-
-
-class _Message:
-    """Text for the user."""
-
-    def __init__(self, output_index: int) -> None:
-        self.output_index = output_index
-        self._id = new_id("msg")
-        self._texts: list[str] = []
-        self._logprobs: list[TokenLogprob] = []
-
-    def begin(self) -> list[Event]:
-        item = message_item(self._id, "in_progress", [])
-        return [
-            OutputItemAdded(output_index=self.output_index, item=item),
-            ContentPartAdded(
-                item_id=self._id,
-                output_index=self.output_index,
-                content_index=0,
-                part=output_text(""),
-            ),
-        ]
-
-    def add(self, chunk: Chunk) -> Event:
-        self._texts.append(chunk.text)
-        self._logprobs += chunk.logprobs
-        return OutputTextDelta(
-            item_id=self._id,
-            output_index=self.output_index,
-            content_index=0,
-            delta=chunk.text,
-            logprobs=list(chunk.logprobs),
-            token_ids=chunk.token_ids,
-        )
-
-    def settle(self) -> list[Event]:
-        part = self._part()
-        return [
-            OutputTextDone(
-                item_id=self._id,
-                output_index=self.output_index,
-                content_index=0,
-                text=part["text"],
-                logprobs=self._logprobs,
-            ),
-            ContentPartDone(
-                item_id=self._id, output_index=self.output_index, content_index=0, part=part
-            ),
-        ]
-
-    def body(self, status: str) -> dict[str, Any]:
-        return message_item(self._id, status, [self._part()])
-
-    def _part(self) -> dict[str, Any]:
-        return output_text("".join(self._texts), self._logprobs)
-
-
-class _Reasoning:
-    """What the model thought before it answered. It has no place for log-probabilities."""
-
-    def __init__(self, output_index: int) -> None:
-        self.output_index = output_index
-        self._id = new_id("rs")
-        self._texts: list[str] = []
-
-    def begin(self) -> list[Event]:
-        item = reasoning_item(self._id, "in_progress", [])
-        return [
-            OutputItemAdded(output_index=self.output_index, item=item),
-            ContentPartAdded(
-                item_id=self._id,
-                output_index=self.output_index,
-                content_index=0,
-                part={"type": "reasoning_text", "text": ""},
-            ),
-        ]
-
-    def add(self, chunk: Chunk) -> Event:
-        self._texts.append(chunk.text)
-        return ReasoningTextDelta(
-            item_id=self._id,
-            output_index=self.output_index,
-            content_index=0,
-            delta=chunk.text,
-            token_ids=chunk.token_ids,
-        )
-
-    def settle(self) -> list[Event]:
-        part = self._part()
-        return [
-            ReasoningTextDone(
-                item_id=self._id,
-                output_index=self.output_index,
-                content_index=0,
-                text=part["text"],
-            ),
-            ContentPartDone(
-                item_id=self._id, output_index=self.output_index, content_index=0, part=part
-            ),
-        ]
-
-    def body(self, status: str) -> dict[str, Any]:
-        return reasoning_item(self._id, status, [self._part()])
-
-    def _part(self) -> dict[str, Any]:
-        return {"type": "reasoning_text", "text": "".join(self._texts)}
-
-
-class _Call:
-    """A call of a function. It has no place for log-probabilities."""
-
-    def __init__(self, output_index: int, name: str) -> None:
-        self.output_index = output_index
-        self.complete = False
-        """Whether its arguments are closed."""
-        self._id = new_id("fc")
-        self._call_id = new_id("call")
-        self._name = name
-        self._texts: list[str] = []
-
-    def begin(self) -> list[Event]:
-        item = function_call_item(self._id, "in_progress", self._call_id, self._name, "")
-        return [OutputItemAdded(output_index=self.output_index, item=item)]
-
-    def add(self, chunk: Chunk) -> Event:
-        self._texts.append(chunk.text)
-        return FunctionCallArgumentsDelta(
-            item_id=self._id,
-            output_index=self.output_index,
-            delta=chunk.text,
-            token_ids=chunk.token_ids,
-        )
-
-    def settle(self) -> list[Event]:
-        return [
-            FunctionCallArgumentsDone(
-                item_id=self._id,
-                output_index=self.output_index,
-                name=self._name,
-                arguments="".join(self._texts),
-            )
-        ]
-
-    def body(self, status: str) -> dict[str, Any]:
-        # Whatever cut the answer afterwards, a call whose arguments are closed is whole.
-        status = "completed" if self.complete else "incomplete"
-        return function_call_item(self._id, status, self._call_id, self._name, "".join(self._texts))
+__all__ = ["OutputItems"]
 
 
 class OutputItems:
@@ -232,7 +39,7 @@ class OutputItems:
         self._next_index = first_index
         self._stride = stride
         self._parser = parser
-        self._open: _Item | None = None
+        self._open: GrowingItem | None = None
         self._done: list[tuple[int, dict[str, Any]]] = []
         self._waiting = Chunk("")
         """Tokens whose text is held back, or was no text of an item."""
@@ -287,7 +94,7 @@ class OutputItems:
                 self._take(piece, run)
             run.flush()
         if not self.begun:
-            events += self._begin(_Message(self._take_index()))
+            events += self._begin(MessageItem(self._take_index()))
         if self._open is not None and (self._waiting.token_ids or self._waiting.logprobs):
             events.append(self._open.add(self._claim("")))
         return events
@@ -319,28 +126,28 @@ class OutputItems:
             return
         match piece:
             case Content(text):
-                run.add(self._opened(_Message, run), self._claim(text))
+                run.add(self._opened(MessageItem, run), self._claim(text))
             case Reasoning(text):
-                run.add(self._opened(_Reasoning, run), self._claim(text))
+                run.add(self._opened(ReasoningItem, run), self._claim(text))
             case CallBegin(name):
                 run.flush()
-                run.events += self._begin(_Call(self._take_index(), name))
+                run.events += self._begin(CallItem(self._take_index(), name))
             case CallArguments(text):
                 assert self._open is not None
                 run.add(self._open, self._claim(text))
             case CallEnd(complete):
-                assert isinstance(self._open, _Call)
+                assert isinstance(self._open, CallItem)
                 self._open.complete = complete
                 self.num_calls += complete
 
-    def _opened(self, kind: type[_Message | _Reasoning], run: _Run) -> _Item:
+    def _opened(self, kind: type[MessageItem | ReasoningItem], run: _Run) -> GrowingItem:
         if not isinstance(self._open, kind):
             run.flush()
             run.events += self._begin(kind(self._take_index()))
         assert self._open is not None
         return self._open
 
-    def _begin(self, item: _Item) -> list[Event]:
+    def _begin(self, item: GrowingItem) -> list[Event]:
         events = [] if self._open is None else self._end("completed", None, None)
         self._open = item
         return events + item.begin()
@@ -375,10 +182,10 @@ class _Run:
 
     def __init__(self, events: list[Event]) -> None:
         self.events = events
-        self._item: _Item | None = None
+        self._item: GrowingItem | None = None
         self._chunk = Chunk("")
 
-    def add(self, item: _Item, chunk: Chunk) -> None:
+    def add(self, item: GrowingItem, chunk: Chunk) -> None:
         if item is not self._item:
             self.flush()
             self._item, self._chunk = item, chunk

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import msgspec
+
 from engine import ModelInfo, SamplingParams, TemplateError, Tokenizer, TokenizerError
 from server.errors import ApiError, invalid
 from server.request import TurnRequest
 
-__all__ = ["Prompter", "draw_seed", "resolve_sampling"]
+__all__ = ["Prompter", "draw_seed", "resolve_sampling", "with_tokens_spent"]
 
 _T = TypeVar("_T")
 
@@ -109,6 +111,20 @@ def _check(ids: list[int], info: ModelInfo, param: str) -> None:
             param=param,
             code="invalid_token_id",
         )
+
+
+def with_tokens_spent(request: TurnRequest, num_tokens: int) -> TurnRequest | None:
+    """Return a request for the rest of an answer; None: its limit is reached."""
+    sampling = request.sampling
+    if sampling.max_tokens is None:
+        return request
+    left = sampling.max_tokens - num_tokens
+    if left < 1:
+        return None
+    sampling = msgspec.structs.replace(
+        sampling, max_tokens=left, min_tokens=min(sampling.min_tokens, left)
+    )
+    return msgspec.structs.replace(request, sampling=sampling)
 
 
 def resolve_sampling(

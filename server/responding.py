@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from server.agent.rounds import MAX_ROUNDS
 from server.dialects.responses import ParsedResponse, to_turn
 from server.response_object import new_id
 from server.sessions import Sessions
@@ -16,6 +17,11 @@ from server.turns import Turns
 __all__ = ["Begun", "Items", "begin"]
 
 Items = list[dict[str, Any]]
+
+
+def _most_new_items(parsed: ParsedResponse) -> int:
+    """How many items a turn may well add: with tools of the server's own, several."""
+    return len(parsed.input_items) + 1 + (2 * MAX_ROUNDS if parsed.tools.builtin else 0)
 
 
 class Begun(NamedTuple):
@@ -50,7 +56,10 @@ async def begin(
         previous_ids, history = await sessions.history(previous_id, owner)
     elif conversation_id is not None:
         history = await sessions.conversations.claim(
-            conversation_id, owner, turn_id, num_new=len(parsed.input_items) + 1
+            conversation_id,
+            owner,
+            turn_id,
+            num_new=_most_new_items(parsed),
         )
     request = to_turn(
         parsed,

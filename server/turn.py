@@ -12,27 +12,23 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from enum import Enum
-from typing import Any, NamedTuple, Protocol
-
-import msgspec
+from typing import Any, Protocol
 
 from engine import Delta, EngineClosed, EngineDied, FinishReason, RequestError, Tokenizer
 from server.agent.rounds import ToolRounds
 from server.choice import Phase, prompt_event
 from server.crash import log_crash
+from server.ending import Ending, terminal_event
 from server.errors import ApiError
 from server.events import (
     Event,
-    ResponseCancelled,
-    ResponseCompleted,
     ResponseCreated,
     ResponseFailed,
-    ResponseIncomplete,
     ResponseInProgress,
 )
 from server.journal import Entry, Journal, JournalBroken, JournalState
 from server.metering.metrics import Metrics
-from server.prompting import draw_seed
+from server.prompting import draw_seed, with_tokens_spent
 from server.request import TurnRequest
 from server.response_object import failed_event, new_id, response_object, usage_object
 from server.sequence import Engine, EngineSequence, SequenceMaker
@@ -58,13 +54,6 @@ class TurnHost(Protocol):
 
     def forget(self, turn: Turn) -> None:
         """Take an ended turn out of the registry."""
-
-
-class _Ending(NamedTuple):
-    """How a turn ended; an ``error`` is (code, message)."""
-
-    status: str
-    error: tuple[str, str] | None = None
 
 
 class _State(Enum):
@@ -199,11 +188,11 @@ class Turn:
             self._state = _State.ENDED
             self._host.forget(self)
 
-    async def _serve(self) -> _Ending:
+    async def _serve(self) -> Ending:
         """Take what the engine sends until all sequences are closed."""
         self._begun = True
         if self._cancelled:
-            return _Ending("cancelled")
+            return Ending("cancelled")
         try:
             if len(self._sequences) == 1:
                 await self._pump_rounds(self._sequences[0])
@@ -213,15 +202,15 @@ class Turn:
             task = asyncio.current_task()
             if task is not None:
                 task.uncancel()
-            return _Ending("cancelled")
+            return Ending("cancelled")
         except EngineDied:
-            return _Ending("failed", ("engine_died", "The engine died; send the request again."))
+            return Ending("failed", ("engine_died", "The engine died; send the request again."))
         except EngineClosed:
-            return _Ending("failed", ("engine_closed", "The engine was shut down."))
+            return Ending("failed", ("engine_closed", "The engine was shut down."))
         except RequestError as error:
-            return _Ending("failed", ("request_refused", str(error)))
+            return Ending("failed", ("request_refused", str(error)))
         cut = any(sequence.choice.finish_reason == "length" for sequence in self._sequences)
-        return _Ending("incomplete" if cut or self._out_of_room else "completed")
+        return Ending("incomplete" if cut or self._out_of_room else "completed")
 
     async def _pump_rounds(self, sequence: EngineSequence) -> None:
         """Serve one sequence and, while it calls the server's own tools, the next one."""
@@ -250,25 +239,18 @@ class Turn:
 
     async def _next(self, request: TurnRequest, first_index: int) -> EngineSequence | None:
         """Ask the model to go on; None: there is no room for another token."""
-        limit = request.sampling.max_tokens
-        if limit is not None:
-            limit -= sum(sequence.choice.num_tokens for sequence in self._sequences)
-            if limit < 1:
-                return None
-            sampling = msgspec.structs.replace(
-                request.sampling,
-                max_tokens=limit,
-                min_tokens=min(request.sampling.min_tokens, limit),
-            )
-            request = msgspec.structs.replace(request, sampling=sampling)
+        spent = sum(sequence.choice.num_tokens for sequence in self._sequences)
+        rest = with_tokens_spent(request, spent)
+        if rest is None:
+            return None
         try:
-            [prompt_ids] = await self._host.encode(request)
+            [prompt_ids] = await self._host.encode(rest)
         except ApiError as error:
             if error.code == "context_length_exceeded":
                 return None
             raise RequestError(error.message) from error
         number = len(self._sequences)
-        sequence = self._maker.next(request, prompt_ids, number, first_index)
+        sequence = self._maker.next(rest, prompt_ids, number, first_index)
         self._prompts_shown.append(asyncio.Event())
         self._sequences.append(sequence)
         sequence.submit(self._engine)
@@ -333,7 +315,7 @@ class Turn:
 
     # Ending
 
-    async def _end(self, ending: _Ending) -> None:
+    async def _end(self, ending: Ending) -> None:
         for sequence in self._sequences:
             for event in sequence.choice.break_off():
                 self._journal.append(event)
@@ -344,13 +326,13 @@ class Turn:
             await self._host.keep_end(self.request, response)
         except StoreError as error:
             log.error("cannot store %s: %s", self.id, error)
-            ending = _Ending("failed", ("store_unavailable", "The answer could not be stored."))
+            ending = Ending("failed", ("store_unavailable", "The answer could not be stored."))
             response = self._final(ending)
         self.response = response
         self._count(ending.status)
-        self._journal.append(_terminal(ending, response))
+        self._journal.append(terminal_event(ending, response))
 
-    def _final(self, ending: _Ending) -> dict[str, Any]:
+    def _final(self, ending: Ending) -> dict[str, Any]:
         items = [item for sequence in self._sequences for item in sequence.choice.items.bodies()]
         items = sorted([*items, *self._tool_items], key=lambda numbered: numbered[0])
         details = {"reason": "max_output_tokens"} if ending.status == "incomplete" else None
@@ -406,14 +388,3 @@ class Turn:
             completion_tokens=completion,
             duration_s=time.monotonic() - self._arrived_s,
         )
-
-
-def _terminal(ending: _Ending, response: dict[str, Any]) -> Event:
-    if ending.error is not None:
-        return failed_event(response, *ending.error)
-    kinds = {
-        "completed": ResponseCompleted,
-        "incomplete": ResponseIncomplete,
-        "cancelled": ResponseCancelled,
-    }
-    return kinds[ending.status](response=response)

@@ -16,7 +16,7 @@ from server.dialects import chat, completions, responses
 from server.openapi.document import document
 from server.settings import ServerSettings
 from tests.server.edge import NO_PAGE, Edge, datas, serving
-from tests.server.scripted import ScriptedEngine, say
+from tests.server.scripted import ScriptedEngine, call_text, say
 
 DOCUMENT = document("0.1.0")
 REGISTRY: Registry[Any] = Registry().with_resource(
@@ -160,6 +160,72 @@ ASKED: list[tuple[str, dict[str, Any], str, str]] = [
     ("/tokenize", {"messages": MESSAGES}, "TokenizeRequest", "Tokens"),
     ("/detokenize", {"tokens": [72, 105]}, "DetokenizeRequest", "Detokenized"),
 ]
+
+
+FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}
+CALLED = [
+    {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "x"}]},
+    {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+    {"type": "function_call_output", "call_id": "c", "output": "y"},
+]
+WITH_TOOLS: list[tuple[str, dict[str, Any], str, str, str]] = [
+    (
+        "/v1/chat/completions",
+        {
+            "messages": MESSAGES,
+            "tools": [{"type": "function", "function": FUNCTION}],
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
+            "reasoning_effort": "low",
+            "parallel_tool_calls": False,
+        },
+        "ChatCompletionRequest",
+        "ChatCompletion",
+        "ChatCompletionChunk",
+    ),
+    (
+        "/v1/chat/completions",
+        {"messages": MESSAGES, "tools": [{"type": "function", "function": FUNCTION}]},
+        "ChatCompletionRequest",
+        "ChatCompletion",
+        "ChatCompletionChunk",
+    ),
+    (
+        "/v1/responses",
+        {
+            "input": CALLED,
+            "tools": [{"type": "function", **FUNCTION}, {"type": "millrace:calculator"}],
+            "tool_choice": "auto",
+            "max_tool_calls": 1,
+            "reasoning": {"effort": "high"},
+        },
+        "ResponseRequest",
+        "Response",
+        "ResponseEvent",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "request_schema", "whole", "part"), WITH_TOOLS)
+async def test_tools_fit_their_schemas(
+    path: str, body: dict[str, Any], request_schema: str, whole: str, part: str
+) -> None:
+    called = call_text("calculator", '{"expression": "1"}') + call_text("f", "{}")
+    engine = ScriptedEngine(say(f"<think>\nHm.\n</think>\n\nOk.\n{called}", per_step=9))
+    settings = ServerSettings(page_dir=NO_PAGE)
+    async with serving(engine, settings) as edge:
+        body = {"model": "scripted", **body}
+        check(body, component(request_schema))
+        answer = await edge.post(path, body)
+        assert answer.status == 200, answer.body
+        check(answer.body, component(whole))
+        if whole == "Response":
+            kinds = [item["type"] for item in answer.body["output"]]
+            assert {"reasoning", "message", "function_call", "function_call_output"} == set(kinds)
+            listed = await edge.get(f"/v1/responses/{answer.body['id']}/input_items")
+            check(listed.body, component("ItemList"))
+        for data in datas(await edge.stream(path, {**body, "stream": True})):
+            if data != "[DONE]":
+                check(json.loads(data), component(part))
 
 
 @pytest.mark.parametrize(("path", "body", "request_schema", "schema"), ASKED)

@@ -43,7 +43,7 @@ def picture(page: Page, name: str) -> None:
     if SHOTS is None:
         return
     for scheme in ("light", "dark"):
-        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
+        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
         for width in (1280, 360):
             page.set_viewport_size({"width": width, "height": 780})
             page.screenshot(path=Path(SHOTS) / f"{name}-{scheme}-{width}.png")

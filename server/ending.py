@@ -1,0 +1,30 @@
+"""How a turn ended, and the terminal event that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from server.events import Event, ResponseCancelled, ResponseCompleted, ResponseIncomplete
+from server.response_object import failed_event
+
+__all__ = ["Ending", "terminal_event"]
+
+
+class Ending(NamedTuple):
+    """How a turn ended; an ``error`` is (code, message)."""
+
+    status: str
+    error: tuple[str, str] | None = None
+
+
+def terminal_event(ending: Ending, response: Mapping[str, Any]) -> Event:
+    """Return the event that ends a turn with ``response``."""
+    if ending.error is not None:
+        return failed_event(response, *ending.error)
+    kinds = {
+        "completed": ResponseCompleted,
+        "incomplete": ResponseIncomplete,
+        "cancelled": ResponseCancelled,
+    }
+    return kinds[ending.status](response=dict(response))
