@@ -12,7 +12,8 @@ Rules that hold for every op:
   recorded into a CUDA graph: sizes come from shapes, lengths from device tensors.
 * ``act`` is the activation dtype of a call, one of float32, bfloat16, float16; all activations of a
   call share it. Weights (``W``) and cache (``C``) may each have any of the three, independently.
-* Arithmetic is done in float32 or better and rounded once, on the store.
+* Arithmetic is done in float32 or better and rounded once, on the store; only ``linear`` may round
+  its input first, to what ``PackedLinear.rounds_to`` says.
 * Wrong shapes, dtypes or layouts raise ``KernelError``. Wrong *values* (an id outside the table, a
   slot outside the cache) raise it too where looking at them costs no device synchronisation.
 * An op with a zero-sized batch is a no-op.
@@ -53,6 +54,13 @@ class PackedLinear(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of memory the packed form holds."""
+
+    @property
+    def rounds_to(self) -> torch.dtype | None:
+        """``linear`` rounds ``x`` to this dtype before it multiplies; None: it does not.
+
+        Only ever the weight's own dtype. Sums are float32 or better all the same.
+        """
 
 
 class Ops(Protocol):

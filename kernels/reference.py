@@ -40,6 +40,10 @@ class ReferenceLinear:
         """Bytes of the weight."""
         return self.weight.numel() * self.weight.element_size()
 
+    @property
+    def rounds_to(self) -> None:
+        """Activations are multiplied as they are."""
+
 
 def _check_range(op: str, name: str, values: torch.Tensor, end: int) -> None:
     """All ``values`` must be in ``[0, end)``."""

@@ -239,9 +239,11 @@ def linear(
     x = randn(tokens, width, dtype=act)
     matrix = randn(features, width, seed=1, dtype=weight)
     want, got = (poison(tokens, features, dtype=out or act) for _ in range(2))
-    ORACLE.linear(want, x, ORACLE.pack_linear(matrix))
     packed = ops.pack_linear(matrix)
     assert (packed.out_features, packed.in_features) == (features, width)
+    assert packed.rounds_to in (None, weight)
+    seen = x if packed.rounds_to is None else x.to(packed.rounds_to).to(act)
+    ORACLE.linear(want, seen, ORACLE.pack_linear(matrix))
     matrix.zero_()  # the packed form owns its numbers
     ops.linear(got, x, packed)
     # A sum of ``width`` products of standard normals has this many roundings of size one.
