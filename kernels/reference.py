@@ -40,10 +40,6 @@ class ReferenceLinear:
         """Bytes of the weight."""
         return self.weight.numel() * self.weight.element_size()
 
-    @property
-    def rounds_to(self) -> None:
-        """Activations are multiplied as they are."""
-
 
 def _check_range(op: str, name: str, values: torch.Tensor, end: int) -> None:
     """All ``values`` must be in ``[0, end)``."""
@@ -89,6 +85,10 @@ class ReferenceOps:
 
     name = "reference"
     batch_invariant = False  # torch's products choose another order of summation by shape
+
+    def rounds_to(self, stored: torch.dtype) -> torch.dtype | None:
+        """See ``Ops.rounds_to``."""
+        return None
 
     def embed(self, out: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> None:
         """See ``Ops.embed``."""

@@ -17,7 +17,7 @@ _SIGNATURES = {
     "qk_norm_rope_write": "!iipppppppppLLLLLLLf",
     "paged_attention": "!ippppppp" + "L" * 8 + "f",
     "swiglu": "ppLL",
-    "linear_rounds": "=i",
+    "rounds": "=i",
     "pack_linear": "ipLLp",
     "linear": "ipppLLL",
     "gather_rows": "!pppLLL",
@@ -50,7 +50,7 @@ class NativeLibrary:
     _qk_norm_rope_write: Any
     _paged_attention: Any
     _swiglu: Any
-    _linear_rounds: Any
+    _rounds: Any
     _pack_linear: Any
     _linear: Any
     _gather_rows: Any

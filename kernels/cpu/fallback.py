@@ -41,10 +41,6 @@ class TorchLinear:
         """Bytes of the float32 copy."""
         return self.weight.numel() * 4
 
-    @property
-    def rounds_to(self) -> None:
-        """Activations are multiplied as they are."""
-
 
 def _normalise(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x.to(_F32), (x.shape[-1],), weight.to(_F32), eps)

@@ -154,9 +154,8 @@ using namespace millrace;
 #pragma GCC visibility push(default)
 extern "C" {
 
-// Does millrace_linear round its rows to bfloat16 before it multiplies them with this dtype? Then
-// panels are of whole pairs.
-int millrace_linear_rounds(int dtype) {
+// Do products round what meets weights or a cache of this dtype to bfloat16?
+int millrace_rounds(int dtype) {
   int rounds = 0;
   with_dtype(dtype, [&](auto kind) {
     rounds = !std::is_same_v<typename RowsFor<decltype(kind)>::type, float>;

@@ -2,8 +2,8 @@
 
 Activations are float32 between the ops: that is the fast way on processors without 16-bit
 arithmetic, and weights and cache stay in their 16 bits in memory. Where the processor multiplies
-pairs of bfloat16 (AVX512-BF16), ``linear`` with bfloat16 weights rounds its input to bfloat16, and
-is twice as fast. 16-bit activations work, through a float32 copy
+pairs of bfloat16 (AVX512-BF16), what meets bfloat16 weights or a bfloat16 cache is rounded to
+bfloat16 too, which doubles the speed; sums stay float32. 16-bit activations work, through a float32 copy
 in and a rounding copy out.
 
 Every row has the same bits alone, in any batch, in any cut of its prompt and on any number of
@@ -43,7 +43,7 @@ def _bad_value(op: str, code: int, *arguments: tuple[str, torch.Tensor, str]) ->
 class NativeLinear:
     """Panels of 16 output features, ``[ceil(O/16), H, 16]``, in the weight's own dtype.
 
-    Where ``rounds_to`` is set, ``[ceil(O/16), ceil(H/2), 16, 2]``.
+    Where products round to bfloat16, ``[ceil(O/16), ceil(H/2), 16, 2]``.
     """
 
     panels: torch.Tensor
@@ -51,7 +51,6 @@ class NativeLinear:
     in_features: int
     code: int
     pointer: int
-    rounds_to: torch.dtype | None
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +75,10 @@ class NativeOps(NativeLibrary):
     def set_num_threads(self, count: int) -> None:
         """How many threads the ops may use, the calling one included."""
         self._set_num_threads(count)
+
+    def rounds_to(self, stored: torch.dtype) -> torch.dtype | None:
+        """See ``Ops.rounds_to``."""
+        return stored if self._rounds(DTYPE_CODES[stored]) else None
 
     def embed(self, out: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> None:
         """See ``Ops.embed``."""
@@ -241,12 +244,11 @@ class NativeOps(NativeLibrary):
         if not weight.is_cpu:
             raise KernelError(f"pack_linear: weight must be on the CPU, got {weight.device}")
         code = DTYPE_CODES[weight.dtype]
-        rounds = bool(self._linear_rounds(code))
-        depth = width + width % 2 if rounds else width
+        # Pairs of bfloat16 are whole.
+        depth = width if self.rounds_to(weight.dtype) is None else width + width % 2
         panels = torch.empty(-(-features // _PANEL), depth, _PANEL, dtype=weight.dtype)
         self._pack_linear(code, weight.data_ptr(), features, width, panels.data_ptr())
-        rounded = torch.bfloat16 if rounds else None
-        return NativeLinear(panels, features, width, code, panels.data_ptr(), rounded)
+        return NativeLinear(panels, features, width, code, panels.data_ptr())
 
     def linear(self, out: torch.Tensor, x: torch.Tensor, packed: PackedLinear) -> None:
         """See ``Ops.linear``."""

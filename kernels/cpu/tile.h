@@ -111,7 +111,8 @@ inline F weight_step(const W* p, int v) {
 }
 
 // c[m][p*16 + j] (+)= sum over k of x[m][k] * w[p][k][j]; `resume` continues the sums in c. Of a
-// last pair only the first numbers count when `depth` is odd, whatever the second ones are.
+// last pair only the first numbers count when `depth` is odd, whatever the second ones are; they
+// must be there to be read.
 template <class X, class W, Layout kLayout, int kRows, int kPanels>
 void tile(const X* x, int64_t ldx, const W* w, Strides strides, int64_t depth, float* c,
           int64_t ldc, bool resume) {
@@ -159,7 +160,7 @@ void tile(const X* x, int64_t ldx, const W* w, Strides strides, int64_t depth, f
         const W* const at = w + (depth - 1) * kPanel + p * strides.panel;
         const F firsts = bits_of<F>(bits_of<U>(weight_step<X, kLayout>(at, 0)) & 0xffffu);
         for (int m = 0; m < kRows; ++m) {
-          const F first = bits_of<F>(splat_int(x[m * ldx + depth - 1].bits));
+          const F first = bits_of<F>(bits_of<U>(row_step(x + m * ldx + depth - 1)) & 0xffffu);
           acc[m][p][0] = step_product(X{}, first, firsts, acc[m][p][0]);
         }
       }

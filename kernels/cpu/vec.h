@@ -155,6 +155,14 @@ inline void store(f16* p, F v) {
 #endif
 }
 
+#ifdef MILLRACE_BF16_DOT
+// One instruction instead of eight, for where subnormals may become zero.
+inline void store_normal(bf16* p, F v) {
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &rounded, sizeof(rounded));
+}
+#endif
+
 inline void store1(float* p, float v) { *p = v; }
 template <class T>
 inline void store1(T* p, float v) {
