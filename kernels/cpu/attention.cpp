@@ -21,7 +21,7 @@ namespace millrace {
 namespace {
 
 constexpr int64_t kTile = 64;      // positions
-constexpr int64_t kItemRows = 64;  // query rows that share one unpacking of keys and values
+constexpr int64_t kItemRows = 128; // query rows that share one unpacking of keys and values
 constexpr int64_t kFewRows = 16;   // up to here values are used as they lie, without unpacking
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -328,25 +328,24 @@ class Worker {
 
   // Scores of one row -> weights e^(score - max so far); what was summed before is rescaled.
   void soften(int64_t row, int64_t seen) {
-    float* const x = scores_ + row * kTile;
-    const int64_t lanes = round_up(seen, kLanes);
+    constexpr int count = kTile / kLanes;
+    const float* const scores = scores_ + row * kTile;
     const F scale = splat(s_.scale);
-    F top = splat(-kInfinity);
-    for (int64_t j = 0; j < lanes; j += kLanes) {
-      F score = load(x + j) * scale;
-      if (j + kLanes > seen)
-        score = iota() < splat_int(int32_t(seen - j)) ? score : splat(-kInfinity);
-      store(x + j, score);
-      top = vmax(top, score);
+    F x[count], top = splat(-kInfinity);
+    for (int v = 0; v < count; ++v) {
+      x[v] = load(scores + v * kLanes) * scale;
+      if (seen < kTile)
+        x[v] = iota() + splat_int(v * kLanes) < splat_int(int32_t(seen)) ? x[v] : splat(-kInfinity);
+      top = vmax(top, x[v]);
     }
     const float old = max_[row], now = std::max(old, max_lane(top));
     F total{};
-    for (int64_t j = 0; j < lanes; j += kLanes) {
-      const F weight = exp(load(x + j) - splat(now));
+    for (int v = 0; v < count; ++v) {
+      const F weight = exp(x[v] - splat(now));
       if constexpr (kRounds)
-        store_normal(weights(row) + j, weight);
+        store_normal(weights(row) + v * kLanes, weight);
       else
-        store(x + j, weight);
+        store(weights(row) + v * kLanes, weight);
       total = total + weight;
     }
     if (now > old) {

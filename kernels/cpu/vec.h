@@ -182,6 +182,9 @@ inline float sum(F v) {
 }
 
 inline float max_lane(F v) {
+#ifdef MILLRACE_AVX512
+  return _mm512_reduce_max_ps((__m512)v);
+#endif
   float x[kLanes];
   std::memcpy(x, &v, sizeof(v));
   for (int half = kLanes / 2; half > 0; half /= 2)
