@@ -3,15 +3,16 @@
 Activations are float32 between the ops: that is the fast way on processors without 16-bit
 arithmetic, and weights and cache stay in their 16 bits in memory. Where the processor multiplies
 pairs of bfloat16 (AVX512-BF16), what meets bfloat16 weights or a bfloat16 cache is rounded to
-bfloat16 too, which doubles the speed; sums stay float32. 16-bit activations work, through a float32 copy
-in and a rounding copy out.
+bfloat16 too, which doubles the speed; sums stay float32. 16-bit activations work, through a float32
+copy in and a rounding copy out.
 
 Every row has the same bits alone, in any batch, in any cut of its prompt and on any number of
 threads: each sum runs in one fixed order (see ``tile.h`` and ``attention.cpp``).
 
 Floors: a product reads ``O*H*sizeof(W)`` bytes and does ``2*T*H*O`` operations; on a core with two
-256-bit FMA units that is 32 operations a cycle, with pairs of bfloat16 64. Attention reads ``2*Hkv*D*sizeof(C)`` bytes for
-each context token and does ``4*Hq*D`` operations for each pair in sight.
+256-bit FMA units that is 32 operations a cycle, with pairs of bfloat16 64. Attention reads
+``2*Hkv*D*sizeof(C)`` bytes for each context token and does ``4*Hq*D`` operations for each pair in
+sight.
 """
 
 from __future__ import annotations
