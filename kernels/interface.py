@@ -12,7 +12,8 @@ Rules that hold for every op:
   recorded into a CUDA graph: sizes come from shapes, lengths from device tensors.
 * ``act`` is the activation dtype of a call, one of float32, bfloat16, float16; all activations of a
   call share it. Weights (``W``) and cache (``C``) may each have any of the three, independently.
-* Arithmetic is done in float32 or better and rounded once, on the store.
+* Arithmetic is done in float32 or better and rounded once, on the store. Only products may round
+  what they multiply, where ``rounds_to`` says so.
 * Wrong shapes, dtypes or layouts raise ``KernelError``. Wrong *values* (an id outside the table, a
   slot outside the cache) raise it too where looking at them costs no device synchronisation.
 * An op with a zero-sized batch is a no-op.
@@ -65,6 +66,14 @@ class Ops(Protocol):
     @property
     def batch_invariant(self) -> bool:
         """True if a row has the same bits alone, in any batch, and in any chunking of a prompt."""
+
+    def rounds_to(self, stored: torch.dtype) -> torch.dtype | None:
+        """What meets weights or a cache of dtype ``stored`` in a product is rounded to this first.
+
+        That is ``x`` of ``linear``, and in ``paged_attention`` the queries and the weights of the
+        softmax, before they are divided by their sum. None: nothing is rounded. Sums are float32 or
+        better in any case.
+        """
 
     def embed(self, out: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> None:
         """``out[t] = table[ids[t]]``.

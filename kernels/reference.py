@@ -86,6 +86,10 @@ class ReferenceOps:
     name = "reference"
     batch_invariant = False  # torch's products choose another order of summation by shape
 
+    def rounds_to(self, stored: torch.dtype) -> torch.dtype | None:
+        """See ``Ops.rounds_to``."""
+        return None
+
     def embed(self, out: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> None:
         """See ``Ops.embed``."""
         checks.check_embed(out, ids, table)

@@ -3,7 +3,8 @@
 // A context is cut into tiles of 64 positions, counted from its start. Keys of a tile are turned
 // into panels [D][16 positions], and values, if enough queries share them, into panels
 // [positions][16 dims], both float32, so that scores and weighted sums are the same row tiles as
-// every other product. Softmax is online
+// every other product. Where the processor multiplies pairs of bfloat16 (see tile.h) and the cache
+// is of these, panels are of pairs, and queries and softmax weights are rounded. Softmax is online
 // (Milakov & Gimelshein 2018), tile by tile in rising order. What a query gets thus depends on its
 // own position alone, not on how its prompt was cut or who shares the batch. Threads share out
 // (request, block of queries, key-value head).
@@ -20,7 +21,7 @@ namespace millrace {
 namespace {
 
 constexpr int64_t kTile = 64;      // positions
-constexpr int64_t kItemRows = 64;  // query rows that share one unpacking of keys and values
+constexpr int64_t kItemRows = 128; // query rows that share one unpacking of keys and values
 constexpr int64_t kFewRows = 16;   // up to here values are used as they lie, without unpacking
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -64,11 +65,16 @@ inline void transpose_block(const C* const* rows, int64_t d, float* to) {
   for (int i = 0; i < 8; ++i) _mm256_storeu_ps(to + (d + i) * kPanel, r[i]);
 }
 
+// r[i][j] = the numbers 2i and 2i + 1 of rows[j] + d, for i, j < 8.
+inline void load_pairs(const bf16* const* rows, int64_t d, __m256 (&r)[8]) {
+  for (int j = 0; j < 8; ++j) r[j] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[j] + d));
+  transpose8(r);
+}
+
 // The same for d < 16, two at a time: neighbours travel through the transposition as one word.
 inline void transpose_pairs(const bf16* const* rows, int64_t d, float* to) {
   __m256 r[8];
-  for (int j = 0; j < 8; ++j) r[j] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[j] + d));
-  transpose8(r);
+  load_pairs(rows, d, r);
   const __m256i high = _mm256_set1_epi32(int(0xffff0000u));
   for (int i = 0; i < 8; ++i) {
     const __m256i both = _mm256_castps_si256(r[i]);
@@ -94,6 +100,48 @@ void transpose_panel(const C* const* rows, int64_t dims, float* to) {
   }
 }
 
+// A value's row as row `position` of panels [kTile positions][16 dims], zero beyond its end.
+template <class C>
+void unpack_value(const C* value, int64_t dims, float* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= dims; d += kLanes)
+    store(to + d / kPanel * kTile * kPanel + d % kPanel, load(value + d));
+  for (; d < round_up(dims, kPanel); ++d)
+    to[d / kPanel * kTile * kPanel + d % kPanel] = d < dims ? load1(value + d) : 0.0f;
+}
+
+#ifdef MILLRACE_BF16_DOT
+// to[d/2][j][d%2] = rows[j][d], for 16 rows.
+void transpose_panel(const bf16* const* rows, int64_t dims, bf16* to) {
+  for (int half = 0; half < kPanel; half += 8) {
+    int64_t d = 0;
+    for (; d + 16 <= dims; d += 16) {
+      __m256 r[8];
+      load_pairs(rows + half, d, r);
+      for (int i = 0; i < 8; ++i)
+        _mm256_storeu_ps(reinterpret_cast<float*>(to + (d + 2 * i) * kPanel + 2 * half), r[i]);
+    }
+    for (; d < dims; ++d)
+      for (int j = half; j < half + 8; ++j)
+        to[d / 2 * 2 * kPanel + 2 * j + d % 2] = rows[j][d];
+  }
+}
+
+// Two values' rows as one row of pairs of the panels [kTile/2][16 dims][2].
+void unpack_values(const bf16* even, const bf16* odd, int64_t dims, bf16* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= dims; d += kLanes) {
+    const U low = bits_of<U>(load(even + d)) >> 16, high = bits_of<U>(load(odd + d));
+    store(reinterpret_cast<float*>(to + d * kTile), bits_of<F>(low | high));
+  }
+  for (; d < round_up(dims, kPanel); ++d) {
+    bf16* const pair = to + d / kPanel * kTile * kPanel + d % kPanel * 2;
+    pair[0] = d < dims ? even[d] : bf16{};
+    pair[1] = d < dims ? odd[d] : bf16{};
+  }
+}
+#endif
+
 struct Shape {
   int64_t q_heads, kv_heads, head_dim, block_size, max_blocks;
   float scale;
@@ -112,6 +160,9 @@ struct Item {
 // unpacked tile. Rows are [token][query head of the group].
 template <class C>
 class Worker {
+  using X = typename RowsFor<C>::type;
+  static constexpr bool kRounds = std::is_same_v<X, bf16>;
+
  public:
   Worker(const Shape& shape, const C* k_cache, const C* v_cache)
       : s_(shape), k_cache_(k_cache), v_cache_(v_cache) {}
@@ -120,12 +171,17 @@ class Worker {
   void run(const Item& item, int64_t head, bool more, const float* q, float* out) {
     const int64_t rows = item.tokens * s_.group(), dim = s_.head_dim, padded = s_.padded();
     reserve(rows);
-    for (int64_t t = 0; t < item.tokens; ++t)
-      std::memcpy(q_ + t * s_.group() * dim, at(q, item, t, head), sizeof(float) * s_.group() * dim);
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* const from = at(q, item, row / s_.group(), head) + row % s_.group() * dim;
+      X* const to = q_ + row * padded;
+      int64_t d = 0;
+      for (; d + kLanes <= dim; d += kLanes) store(to + d, load(from + d));
+      for (; d < dim; ++d) store1(to + d, from[d]);
+    }
     std::fill(acc_, acc_ + rows * padded, 0.0f);
     std::fill(max_, max_ + rows, -kInfinity);
     std::fill(sums_, sums_ + rows, F{});
-    direct_ = rows <= kFewRows && dim == padded;
+    direct_ = !kRounds && rows <= kFewRows && dim == padded;
     const int64_t end = item.position + item.tokens;
     locate(item, head, 0, now_);
     for (int64_t base = 0; base < end; base += kTile) {
@@ -154,17 +210,23 @@ class Worker {
     static thread_local std::vector<float> storage;
     static thread_local std::vector<F> sums;
     const int64_t padded = s_.padded();
-    const int64_t sizes[] = {kTile * padded, kTile * padded, rows * s_.head_dim,
+    const int64_t sizes[] = {kTile * padded, kTile * padded, rows * padded,
                              rows * padded,  rows * kTile,   rows};
-    float** const parts[] = {&k_, &v_, &q_, &acc_, &scores_, &max_};
     int64_t total = 16;
     for (int64_t size : sizes) total += round_up(size, 16);
     if (int64_t(storage.size()) < total) storage.resize(total);
     float* next = reinterpret_cast<float*>(round_up(reinterpret_cast<intptr_t>(storage.data()), 64));
+    float* parts[6];
     for (int i = 0; i < 6; ++i) {
-      *parts[i] = next;
+      parts[i] = next;
       next += round_up(sizes[i], 16);
     }
+    k_ = reinterpret_cast<X*>(parts[0]);
+    v_ = reinterpret_cast<X*>(parts[1]);
+    q_ = reinterpret_cast<X*>(parts[2]);
+    acc_ = parts[3];
+    scores_ = parts[4];
+    max_ = parts[5];
     if (int64_t(sums.size()) < rows) sums.resize(rows);
     sums_ = sums.data();
   }
@@ -204,23 +266,20 @@ class Worker {
       }
   }
 
-  // The tile's keys as float32 panels; its values too if many rows share them.
+  // The tile's keys as panels; its values too if many rows share them.
   void unpack() {
+    const int64_t dim = s_.head_dim;
     for (int64_t j = 0; j < now_.count; j += kPanel) {
-      transpose_panel(now_.keys + j, s_.head_dim, k_ + j * s_.padded());
+      transpose_panel(now_.keys + j, dim, k_ + j * s_.padded());
       ask(4);
     }
     if (direct_) return;
-    for (int64_t j = 0; j < now_.count; ++j) unpack_value(now_.values[j], v_ + j * kPanel);
-  }
-
-  void unpack_value(const C* value, float* to) const {
-    const int64_t padded = s_.padded(), dim = s_.head_dim;
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes)
-      store(to + d / kPanel * kTile * kPanel + d % kPanel, load(value + d));
-    for (; d < padded; ++d)
-      to[d / kPanel * kTile * kPanel + d % kPanel] = d < dim ? load1(value + d) : 0.0f;
+    if constexpr (kRounds)
+      for (int64_t j = 0; j < now_.count; j += 2)
+        unpack_values(now_.values[j], now_.values[std::min(j + 1, now_.count - 1)], dim,
+                      v_ + j * kPanel);
+    else
+      for (int64_t j = 0; j < now_.count; ++j) unpack_value(now_.values[j], dim, v_ + j * kPanel);
   }
 
   // All queries over the tile: first those whose last visible position lies in it, each token by
@@ -242,18 +301,18 @@ class Worker {
     for_row_tiles(count, [&](int64_t offset, int tile_rows) {
       const int64_t row = first + offset;
       float* const scores = scores_ + row * kTile;
-      tile_strip<kPacked>(tile_rows, round_up(seen, kPanel) / kPanel, q_ + row * dim, dim,
-                          const_cast<const float*>(k_), {padded * kPanel, kPanel}, dim, scores,
-                          kTile, false);
+      tile_strip<kPacked>(tile_rows, round_up(seen, kPanel) / kPanel, q_ + row * padded, padded,
+                          const_cast<const X*>(k_), {padded * kPanel, kPanel}, dim, scores, kTile,
+                          false);
       for (int m = 0; m < tile_rows; ++m) {
         ask(8);
         soften(row + m, seen);
       }
       float* const acc = acc_ + row * padded;
       if (!direct_)
-        tile_strip<kPacked>(tile_rows, padded / kPanel, scores, kTile,
-                            const_cast<const float*>(v_), {kTile * kPanel, kPanel}, seen, acc,
-                            padded, true);
+        tile_strip<kPacked>(tile_rows, padded / kPanel, weights(row), kTile * sizeof(float) / sizeof(X),
+                            const_cast<const X*>(v_), {kTile * kPanel, kPanel}, seen, acc, padded,
+                            true);
       for (int64_t j = 0, next; direct_ && j < seen; j = next) {
         const C* const* const values = now_.values;
         for (next = j + 1; next < seen && values[next] == values[next - 1] + dim;) ++next;
@@ -264,24 +323,29 @@ class Worker {
     });
   }
 
+  // A row's weights take the place of its scores.
+  X* weights(int64_t row) const { return reinterpret_cast<X*>(scores_ + row * kTile); }
+
   // Scores of one row -> weights e^(score - max so far); what was summed before is rescaled.
   void soften(int64_t row, int64_t seen) {
-    float* const x = scores_ + row * kTile;
-    const int64_t lanes = round_up(seen, kLanes);
+    constexpr int count = kTile / kLanes;
+    const float* const scores = scores_ + row * kTile;
     const F scale = splat(s_.scale);
-    F top = splat(-kInfinity);
-    for (int64_t j = 0; j < lanes; j += kLanes) {
-      F score = load(x + j) * scale;
-      if (j + kLanes > seen)
-        score = iota() < splat_int(int32_t(seen - j)) ? score : splat(-kInfinity);
-      store(x + j, score);
-      top = vmax(top, score);
+    F x[count], top = splat(-kInfinity);
+    for (int v = 0; v < count; ++v) {
+      x[v] = load(scores + v * kLanes) * scale;
+      if (seen < kTile)
+        x[v] = iota() + splat_int(v * kLanes) < splat_int(int32_t(seen)) ? x[v] : splat(-kInfinity);
+      top = vmax(top, x[v]);
     }
     const float old = max_[row], now = std::max(old, max_lane(top));
     F total{};
-    for (int64_t j = 0; j < lanes; j += kLanes) {
-      const F weight = exp(load(x + j) - splat(now));
-      store(x + j, weight);
+    for (int v = 0; v < count; ++v) {
+      const F weight = exp(x[v] - splat(now));
+      if constexpr (kRounds)
+        store_normal(weights(row) + v * kLanes, weight);
+      else
+        store(weights(row) + v * kLanes, weight);
       total = total + weight;
     }
     if (now > old) {
@@ -302,7 +366,8 @@ class Worker {
 
   const Shape& s_;
   const C *const k_cache_, *const v_cache_;
-  float *k_, *v_, *q_, *acc_, *scores_, *max_;
+  X *k_, *v_, *q_;
+  float *acc_, *scores_, *max_;
   F* sums_;
   Rows now_, next_;      // this tile, and the one after it
   int64_t asked_ = 0;    // positions of the next tile that were asked for

@@ -8,7 +8,8 @@ from typing import Any
 
 __all__ = ["NativeLibrary"]
 
-# p: pointer, i: int, l: int64, f: float. A leading "!" means that bad values are reported.
+# p: pointer, i: int, L: int64, f: float. A leading "!" means that bad values are reported, "=" that
+# an int comes back.
 _SIGNATURES = {
     "embed": "!ipppLLL",
     "rms_norm": "ipppLLf",
@@ -16,6 +17,7 @@ _SIGNATURES = {
     "qk_norm_rope_write": "!iipppppppppLLLLLLLf",
     "paged_attention": "!ippppppp" + "L" * 8 + "f",
     "swiglu": "ppLL",
+    "rounds": "=i",
     "pack_linear": "ipLLp",
     "linear": "ipppLLL",
     "gather_rows": "!pppLLL",
@@ -48,6 +50,7 @@ class NativeLibrary:
     _qk_norm_rope_write: Any
     _paged_attention: Any
     _swiglu: Any
+    _rounds: Any
     _pack_linear: Any
     _linear: Any
     _gather_rows: Any
@@ -62,6 +65,6 @@ class NativeLibrary:
         library = ctypes.CDLL(str(path))
         for op, signature in _SIGNATURES.items():
             function = getattr(library, f"millrace_{op}")
-            function.restype = ctypes.c_int64 if signature.startswith("!") else None
-            function.argtypes = [_TYPES[letter] for letter in signature.lstrip("!")]
+            function.restype = {"!": ctypes.c_int64, "=": ctypes.c_int}.get(signature[0])
+            function.argtypes = [_TYPES[letter] for letter in signature.lstrip("!=")]
             setattr(self, f"_{op}", function)

@@ -1,15 +1,18 @@
 """The CPU ops in C++, behind ``Ops``.
 
-Activations are float32 inside: that is the fast way on processors without 16-bit arithmetic, and
-weights and cache stay in their 16 bits in memory. 16-bit activations work, through a float32 copy
-in and a rounding copy out.
+Activations are float32 between the ops: that is the fast way on processors without 16-bit
+arithmetic, and weights and cache stay in their 16 bits in memory. Where the processor multiplies
+pairs of bfloat16 (AVX512-BF16), what meets bfloat16 weights or a bfloat16 cache is rounded to
+bfloat16 too, which doubles the speed; sums stay float32. 16-bit activations work, through a float32
+copy in and a rounding copy out.
 
 Every row has the same bits alone, in any batch, in any cut of its prompt and on any number of
 threads: each sum runs in one fixed order (see ``tile.h`` and ``attention.cpp``).
 
 Floors: a product reads ``O*H*sizeof(W)`` bytes and does ``2*T*H*O`` operations; on a core with two
-256-bit FMA units that is 32 operations a cycle. Attention reads ``2*Hkv*D*sizeof(C)`` bytes for
-each context token and does ``4*Hq*D`` operations for each pair in sight.
+256-bit FMA units that is 32 operations a cycle, with pairs of bfloat16 64. Attention reads
+``2*Hkv*D*sizeof(C)`` bytes for each context token and does ``4*Hq*D`` operations for each pair in
+sight.
 """
 
 from __future__ import annotations
@@ -39,7 +42,10 @@ def _bad_value(op: str, code: int, *arguments: tuple[str, torch.Tensor, str]) ->
 
 @dataclass(frozen=True)
 class NativeLinear:
-    """Panels of 16 output features, ``[ceil(O/16), H, 16]``, in the weight's own dtype."""
+    """Panels of 16 output features, ``[ceil(O/16), H, 16]``, in the weight's own dtype.
+
+    Where products round to bfloat16, ``[ceil(O/16), ceil(H/2), 16, 2]``.
+    """
 
     panels: torch.Tensor
     out_features: int
@@ -70,6 +76,10 @@ class NativeOps(NativeLibrary):
     def set_num_threads(self, count: int) -> None:
         """How many threads the ops may use, the calling one included."""
         self._set_num_threads(count)
+
+    def rounds_to(self, stored: torch.dtype) -> torch.dtype | None:
+        """See ``Ops.rounds_to``."""
+        return stored if self._rounds(DTYPE_CODES[stored]) else None
 
     def embed(self, out: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> None:
         """See ``Ops.embed``."""
@@ -235,7 +245,9 @@ class NativeOps(NativeLibrary):
         if not weight.is_cpu:
             raise KernelError(f"pack_linear: weight must be on the CPU, got {weight.device}")
         code = DTYPE_CODES[weight.dtype]
-        panels = torch.empty(-(-features // _PANEL), width, _PANEL, dtype=weight.dtype)
+        # Pairs of bfloat16 are whole.
+        depth = width if self.rounds_to(weight.dtype) is None else width + width % 2
+        panels = torch.empty(-(-features // _PANEL), depth, _PANEL, dtype=weight.dtype)
         self._pack_linear(code, weight.data_ptr(), features, width, panels.data_ptr())
         return NativeLinear(panels, features, width, code, panels.data_ptr())
 

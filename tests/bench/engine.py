@@ -7,7 +7,8 @@
 ``--only`` takes models (46m, 0.6b), works (decode-1, decode-16, decode-64, prefill) and engines
 (millrace, generate, generate_batch); what is not named at all is not restricted. Every figure is of
 greedy answers to prompts of random tokens: decode-N is N answers at once after 32 prompt tokens
-each, counted from when all prompts are read; prefill is one prompt of 2,048 tokens.
+each, its tokens a second counted from when all prompts are read; prefill is one prompt of 2,048
+tokens. Times are medians: from handing a request over to its first token, and between tokens.
 
 Millrace multiplies with bfloat16 weights as they are stored. transformers gets the faster type for
 this processor: bfloat16 where it has instructions for it, float32 elsewhere.
@@ -17,13 +18,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,8 +44,28 @@ MAX_NEW_TOKENS = 512
 BATCH_NEW_TOKENS = 24
 """``generate_batch`` cannot be stopped by the clock."""
 
-Measure = Callable[[str], float]
-"""Name of a work -> tokens a second."""
+
+class Figures(NamedTuple):
+    """What one run of a work showed."""
+
+    tokens_per_s: float
+    first_token_s: float
+    between_tokens_s: float | None
+    """None where there is but one token."""
+
+
+Measure = Callable[[str], Figures]
+"""Name of a work -> its figures."""
+
+
+def median_figures(runs: list[Figures]) -> Figures:
+    """The run in the middle, by tokens a second."""
+    return sorted(runs)[len(runs) // 2]
+
+
+def gaps(moments: list[float]) -> float:
+    """The median time between neighbours."""
+    return statistics.median(after - before for before, after in itertools.pairwise(moments))
 
 
 def prompts(vocab_size: int, count: int, length: int) -> list[list[int]]:
@@ -66,32 +88,39 @@ class Millrace:
         )
         self.vocab_size = self.engine.runner.info.vocab_size
 
-    def __call__(self, work: str) -> float:
+    def __call__(self, work: str) -> Figures:
         self.engine.reset()
         return self.prefill() if work == "prefill" else self.decode(num_streams(work))
 
-    def prefill(self) -> float:
+    def prefill(self) -> Figures:
         """Read a prompt; the first token is part of it."""
         self.engine.generate(*prompts(self.vocab_size, 1, 300), max_tokens=1)
         (prompt,) = prompts(self.vocab_size, 1, PREFILL_TOKENS)
         started = time.perf_counter()
         self.engine.generate(prompt, max_tokens=1)
-        return PREFILL_TOKENS / (time.perf_counter() - started)
+        took_s = time.perf_counter() - started
+        return Figures(PREFILL_TOKENS / took_s, took_s, None)
 
-    def decode(self, streams: int) -> float:
+    def decode(self, streams: int) -> Figures:
         """Step until the time is up."""
+        started = time.perf_counter()
+        firsts: dict[str, float] = {}
         for prompt in prompts(self.vocab_size, streams, PROMPT_TOKENS):
             self.engine.add(prompt, max_tokens=MAX_NEW_TOKENS, ignore_eos=True)
-        plan = self.engine.step()
-        while len(plan.rows) < streams or any(row.num_new > 1 for row in plan.rows):
-            plan = self.engine.step()
+        while len(firsts) < streams:
+            self.engine.step()
+            now = time.perf_counter() - started
+            for name, answer in self.engine.answers.items():
+                if answer.token_ids:
+                    firsts.setdefault(name, now)
         for _ in range(WARM_UP_STEPS):
             self.engine.step()
-        steps, started = 0, time.perf_counter()
-        while time.perf_counter() - started < self.seconds and steps < MAX_NEW_TOKENS // 2:
+        ends = [time.perf_counter()]
+        while ends[-1] - ends[0] < self.seconds and len(ends) <= MAX_NEW_TOKENS // 2:
             self.engine.step()
-            steps += 1
-        return streams * steps / (time.perf_counter() - started)
+            ends.append(time.perf_counter())
+        rate = streams * (len(ends) - 1) / (ends[-1] - ends[0])
+        return Figures(rate, statistics.median(firsts.values()), gaps(ends))
 
 
 class Transformers:
@@ -111,19 +140,20 @@ class Transformers:
         self.model.generation_config.eos_token_id = None
         self.vocab_size: int = self.model.config.vocab_size
 
-    def generate(self, work: str) -> float:
+    def generate(self, work: str) -> Figures:
         """Plain ``generate``: one batch of prompts of equal length."""
         if work == "prefill":
             self._timed_steps(prompts(self.vocab_size, 1, 300), 1)
-            took_s, _ = self._timed_steps(prompts(self.vocab_size, 1, PREFILL_TOKENS), 1)
-            return PREFILL_TOKENS / took_s
+            (first_s,) = self._timed_steps(prompts(self.vocab_size, 1, PREFILL_TOKENS), 1)
+            return Figures(PREFILL_TOKENS / first_s, first_s, None)
         streams = num_streams(work)
         batch = prompts(self.vocab_size, streams, PROMPT_TOKENS)
-        _, ends = self._timed_steps(batch, MAX_NEW_TOKENS)
+        ends = self._timed_steps(batch, MAX_NEW_TOKENS)
         measured = ends[WARM_UP_STEPS:]
-        return streams * (len(measured) - 1) / (measured[-1] - measured[0])
+        rate = streams * (len(measured) - 1) / (measured[-1] - measured[0])
+        return Figures(rate, ends[0], gaps(measured))
 
-    def generate_batch(self, work: str) -> float:
+    def generate_batch(self, work: str) -> Figures:
         """Continuous batching, timed by its own clock of each token."""
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -150,21 +180,23 @@ class Transformers:
             warmup=False,
         )
         times: list[list[float]] = [answer.timestamps for answer in answers.values()]
+        first_s = statistics.median(t[0] for t in times) - started
         if prefill:
-            return PREFILL_TOKENS / (times[0][0] - started)
+            return Figures(PREFILL_TOKENS / first_s, first_s, None)
         all_read, first_done = max(t[0] for t in times), min(t[-1] for t in times)
         counted = sum(all_read < moment <= first_done for t in times for moment in t)
-        return counted / (first_done - all_read)
+        between_s = statistics.median(gaps(t[WARM_UP_STEPS:]) for t in times)
+        return Figures(counted / (first_done - all_read), first_s, between_s)
 
-    def _timed_steps(self, batch: list[list[int]], num_tokens: int) -> tuple[float, list[float]]:
-        """Generate until the time is up: total seconds, and the moment each step ended."""
+    def _timed_steps(self, batch: list[list[int]], num_tokens: int) -> list[float]:
+        """Generate until the time is up: when each step ended, seconds from the start."""
         ends: list[float] = []
         ids = torch.tensor(batch)
         started = time.perf_counter()
 
         def is_over(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
-            ends.append(time.perf_counter())
-            enough = len(ends) > WARM_UP_STEPS + 3 and ends[-1] - started > self.seconds
+            ends.append(time.perf_counter() - started)
+            enough = len(ends) > WARM_UP_STEPS + 3 and ends[-1] > self.seconds
             return torch.full((len(input_ids),), enough)
 
         with torch.inference_mode():
@@ -176,7 +208,7 @@ class Transformers:
                 stopping_criteria=[is_over],
                 pad_token_id=0,
             )
-        return time.perf_counter() - started, ends
+        return ends
 
 
 def peer_dtype() -> torch.dtype:
@@ -198,9 +230,9 @@ def engines(checkpoint: Path, args: argparse.Namespace) -> Iterator[tuple[str, M
             yield name, getattr(transformers, name)
 
 
-def measure_model(model: str, args: argparse.Namespace) -> dict[str, dict[str, float | str]]:
+def measure_model(model: str, args: argparse.Namespace) -> dict[str, dict[str, Figures | str]]:
     """Figures of all wanted works of a model, by work and engine; or why there is none."""
-    figures: dict[str, dict[str, float | str]] = {work: {} for work in args.works}
+    figures: dict[str, dict[str, Figures | str]] = {work: {} for work in args.works}
     with tempfile.TemporaryDirectory(prefix="millrace-bench-") as folder:
         print(f"{model}: writing random weights", flush=True)
         checkpoint = make_checkpoint(SHAPES[model], Path(folder))
@@ -216,16 +248,32 @@ def measure_model(model: str, args: argparse.Namespace) -> dict[str, dict[str, f
                     figures[work][engine] = f"failed: {type(error).__name__}"
                     print(f"{model} {work} {engine}: {error!r}", flush=True)
                     continue
-                figures[work][engine] = statistics.median(runs)
-                print(f"{model} {work} {engine}: {statistics.median(runs):.1f} tok/s", flush=True)
+                figures[work][engine] = best = median_figures(runs)
+                print(f"{model} {work} {engine}: {best.tokens_per_s:.1f} tok/s", flush=True)
     return figures
 
 
-def against_best_peer(row: dict[str, float | str]) -> str:
-    """Our figure over the best of the others'."""
+def against_best_peer(row: dict[str, Figures | str]) -> str:
+    """Our tokens a second over the best of the others'."""
     ours = row.get("millrace")
-    peers = [x for name, x in row.items() if name != "millrace" and isinstance(x, float)]
-    return f"{ours / max(peers):.2f}x" if peers and isinstance(ours, float) else ""
+    peers = [x[0] for name, x in row.items() if name != "millrace" and isinstance(x, Figures)]
+    return f"{ours[0] / max(peers):.2f}x" if peers and isinstance(ours, Figures) else ""
+
+
+def add_row(report: Report, model: str, work: str, engine: str, found: Figures | str) -> None:
+    """One engine's figures for one work, or why it has none."""
+    if isinstance(found, str):
+        report.add(model=model, work=work, engine=engine, tokens_per_s=found)
+        return
+    between_s = found.between_tokens_s
+    report.add(
+        model=model,
+        work=work,
+        engine=engine,
+        tokens_per_s=found.tokens_per_s,
+        first_ms=found.first_token_s * 1e3,
+        between_ms="" if between_s is None else between_s * 1e3,
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -254,19 +302,19 @@ def main() -> None:
     random.seed(0)
     # A part of the table must not replace the whole one that is kept.
     name = "engine-part" if args.only else "engine"
-    report = Report(name, ["model", "work", *ENGINES, "against best peer", "threads", "peer dtype"])
+    columns = "model work engine tokens_per_s first_ms between_ms against_best_peer threads dtype"
+    report = Report(name, columns.split())
+    peers_dtype = str(peer_dtype()).removeprefix("torch.")
     for model in args.models:
         for work, row in measure_model(model, args).items():
-            report.add(
-                model=model,
-                work=work,
-                **row,
-                threads=args.threads,
-                **{
-                    "against best peer": against_best_peer(row),
-                    "peer dtype": str(peer_dtype()).removeprefix("torch."),
-                },
-            )
+            for engine, found in row.items():
+                add_row(report, model, work, engine, found)
+                ours = engine == "millrace"
+                report.rows[-1] |= {
+                    "against_best_peer": against_best_peer(row) if ours else "",
+                    "threads": str(args.threads),
+                    "dtype": "bfloat16" if ours else peers_dtype,
+                }
     print(report.show())
 
 

@@ -1,4 +1,4 @@
-"""Show and keep figures: a table in the terminal, a CSV with date, commit and device."""
+"""Show and keep figures: a table in the terminal, a CSV with date, commit, device and load."""
 
 from __future__ import annotations
 
@@ -56,6 +56,8 @@ class Report:
             "date": time.strftime("%Y-%m-%d"),
             "commit": _commit(),
             "device": device,
+            # Above what the benchmark itself keeps busy, others disturbed it.
+            "load": f"{os.getloadavg()[0]:.1f}",
         }
         table = Table(title=f"{self.name} ({device})", title_justify="left")
         for column in self.columns:

@@ -1,11 +1,13 @@
 """Through HTTP: tokens a second, time to first token and time between tokens, by number of streams.
 
-    python -m tests.bench.serve                       46M and 0.6B, Millrace beside its peers
-    python -m tests.bench.serve --only 46m --streams 1 16
+    python -m tests.bench.serve                       46M and 0.6B, beside transformers
+    python -m tests.bench.serve --only 46m millrace --streams 1 16
+    python -m tests.bench.serve --all                 and the slow rows
     python -m tests.bench.serve --url http://127.0.0.1:8000   a server that runs already
 
 Closed loop: each stream asks again as soon as it is answered, until ``--requests`` were answered.
-Prompts are token ids, different for each request, so that no prefix cache can help.
+Prompts are token ids, different for each request, so that no prefix cache can help. The client
+shares the cores with the server. transformers stands behind the small front of ``peer.py``.
 """
 
 from __future__ import annotations
@@ -33,6 +35,14 @@ from tests.bench.report import Report
 
 PROMPT_TOKENS = 32
 OUTPUT_TOKENS = 128
+STREAMS = (1, 16, 64, 128)
+SERVERS = ("millrace", "transformers")
+SLOW = {
+    ("46m", "transformers"): (128,),
+    ("0.6b", "millrace"): (64, 128),
+    ("0.6b", "transformers"): STREAMS,
+}
+"""Minutes each: left out unless asked for."""
 
 
 class Answer(NamedTuple):
@@ -102,11 +112,18 @@ def free_port() -> int:
         return port
 
 
+def command_of(kind: str, checkpoint: Path, port: int) -> list[str]:
+    """How a server of this kind is started."""
+    if kind == "millrace":
+        return [sys.executable, "-m", "server", "serve", str(checkpoint), "--port", str(port)]
+    return [sys.executable, "-m", "tests.bench.peer", str(checkpoint), str(port)]
+
+
 @contextlib.contextmanager
-def server(checkpoint: Path) -> Iterator[str]:
-    """Run ``millrace serve`` on the checkpoint, ready to answer."""
+def server(kind: str, checkpoint: Path) -> Iterator[str]:
+    """Run a server on the checkpoint, ready to answer."""
     port = free_port()
-    command = [sys.executable, "-m", "server", "serve", str(checkpoint), "--port", str(port)]
+    command = command_of(kind, checkpoint, port)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -152,24 +169,34 @@ def measure(report: Report, label: str, url: str, streams: list[int], vocab: int
 
 def main() -> None:
     """Measure what the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=["46m", "0.6b"])
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64, 128])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = ("46m", "0.6b", *SERVERS)
+    parser.add_argument("--only", nargs="+", choices=known, default=[], metavar="NAME")
+    parser.add_argument("--streams", type=int, nargs="+", default=list(STREAMS))
+    parser.add_argument("--all", action="store_true", help="the slow rows, too")
     parser.add_argument("--url", help="measure this server instead of starting one")
     args = parser.parse_args()
     columns = "what streams tokens_per_s first_ms_p50 first_ms_p99 between_ms_p50 between_ms_p99"
-    report = Report("serve", columns.split())
+    # A part of the table must not replace the whole one that is kept.
+    part = args.only or args.url or args.streams != list(STREAMS)
+    report = Report("serve-part" if part else "serve", columns.split())
     if args.url:
         measure(report, args.url, args.url, args.streams, 8000)
     else:
         from tests.bench.checkpoints import SHAPES, make_checkpoint
 
-        for name in [args.only] if args.only else list(SHAPES):
-            with tempfile.TemporaryDirectory() as folder:
+        for name in [name for name in SHAPES if name in args.only] or list(SHAPES):
+            with tempfile.TemporaryDirectory(prefix="millrace-bench-") as folder:
                 checkpoint = make_checkpoint(SHAPES[name], Path(folder))
-                with server(checkpoint) as url:
-                    streams = args.streams if name == "46m" else [n for n in args.streams if n < 64]
-                    measure(report, f"millrace {name}", url, streams, SHAPES[name].vocab_size)
+                for kind in [kind for kind in SERVERS if kind in args.only] or SERVERS:
+                    slow = () if args.all or args.only else SLOW.get((name, kind), ())
+                    streams = [count for count in args.streams if count not in slow]
+                    if streams:
+                        with server(kind, checkpoint) as url:
+                            vocab = SHAPES[name].vocab_size
+                            measure(report, f"{kind} {name}", url, streams, vocab)
     report.show()
 
 
