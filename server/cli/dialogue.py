@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from server.agent.tools import BUILTIN_TOOLS
+from server.agent.tools import USEFUL_TOOLS
 
 __all__ = ["Answer", "Command", "Dialogue", "EventLines", "Phase", "parse_line", "split_finished"]
 
@@ -83,7 +83,7 @@ class Dialogue(msgspec.Struct):
             "instructions": self.system,
             "temperature": self.temperature,
             "conversation": self.conversation_id,
-            "tools": [{"type": kind} for kind in BUILTIN_TOOLS] if self.tools else None,
+            "tools": [{"type": kind} for kind in USEFUL_TOOLS] if self.tools else None,
         }
         return {
             "type": "response.create",

@@ -6,6 +6,7 @@ import json
 import time
 from datetime import UTC, datetime
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from server.agent.calculator import MAX_CHARS, CalculatorError, calculate
 from server.agent.clock import UnknownPlace, time_in
-from server.agent.tools import BUILTIN_TOOLS, run_tool
+from server.agent.tools import BUILTIN_TOOLS, USEFUL_TOOLS, run_tool
 
 
 @pytest.mark.parametrize(
@@ -148,12 +149,33 @@ def test_wrong_arguments_are_an_answer(arguments: str) -> None:
     assert "error" in json.loads(run_tool("millrace:calculator", arguments))
 
 
+def test_the_guide_answers_alike_and_its_tables_can_be_booked() -> None:
+    def call(name: str, **arguments: object) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(
+            run_tool(f"millrace:demo_{name}", json.dumps(arguments))
+        )
+        return answer
+
+    found = call("find_restaurant", location="Oslo", food="Thai")
+    assert found == call("find_restaurant", location=" oslo", food="thai")
+    ratings = [one["rating"] for one in found["results"]]
+    assert ratings == sorted(ratings, reverse=True)
+    booking = {"restaurant": found["results"][0]["name"], "date": "Friday", "time": "7 pm"}
+    booked = call("book_restaurant", **booking, people="4")  # a number in quotes will do
+    assert booked["success"] is True
+    assert booked == call("book_restaurant", **booking, people=4)
+    assert booked != call("book_restaurant", **booking, people=5)
+    assert "1 to 20" in call("book_restaurant", **booking, people=21)["error"]
+    assert "'people' must be an integer" in call("book_restaurant", **booking, people="x")["error"]
+    assert "'people' is missing" in call("book_restaurant", **booking)["error"]
+
+
 def test_a_number_will_do() -> None:
     assert json.loads(run_tool("millrace:calculator", '{"expression": 5}')) == {"result": 5}
 
 
 def test_the_model_is_told_what_it_was_trained_on() -> None:
-    told = [tool.function()["function"] for tool in BUILTIN_TOOLS.values()]
+    told = [BUILTIN_TOOLS[kind].function()["function"] for kind in USEFUL_TOOLS]
     assert json.dumps(told) == (
         '[{"name": "calculator", "description": "Calculate the value of a math expression", '
         '"parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, '

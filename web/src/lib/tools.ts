@@ -15,6 +15,8 @@ export interface Tool {
 export const TOOLS: readonly Tool[] = [
   { kind: "millrace:calculator", name: "calculator", label: "Calculator", hint: "Exact arithmetic." },
   { kind: "millrace:current_time", name: "get_current_time", label: "Current time", hint: "The time of day in a city." },
+  { kind: "millrace:demo_find_restaurant", name: "find_restaurant", label: "Find a restaurant", hint: "A demonstration: made-up restaurants." },
+  { kind: "millrace:demo_book_restaurant", name: "book_restaurant", label: "Book a table", hint: "A demonstration: nothing is really booked." },
 ];
 
 const MAX_GIST = 80;
