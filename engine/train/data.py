@@ -90,11 +90,13 @@ def write_documents(
     max_tools: int,
     empty_think_fraction: float,
     seed: int,
+    assistant_only: frozenset[str] = frozenset(),
 ) -> dict[str, int]:
     """Encodes the records of `sources` and writes three arrays for each.
 
     Text longer than `max_len` is cut into pieces, a dialogue is cut off. Records that hold control
-    tokens as text are left out, since they would forge turns.
+    tokens as text are left out, since they would forge turns. In sources of `assistant_only` no
+    other turn counts, whatever `loss` says.
 
     Returns:
         Number of tokens by source.
@@ -108,7 +110,8 @@ def write_documents(
         if "messages" in record:
             record = trim_tools(record, max_tools=max_tools, rng=rng)
         empty_think = rng.random() < empty_think_fraction
-        ids, weights = encode_record(record, template, encoder, loss, empty_think=empty_think)
+        own = LossWeights() if source in assistant_only else loss
+        ids, weights = encode_record(record, template, encoder, own, empty_think=empty_think)
         step = max_len if "text" in record else len(ids) or 1
         for begin in range(0, len(ids), step):
             part = slice(begin, begin + min(step, max_len))

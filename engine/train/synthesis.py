@@ -3,7 +3,8 @@
 Found dialogues reuse a few hundred functions and values, which a small model learns by heart. Here
 nearly every function, argument and value is new, so that only copying from the context predicts it.
 Sources: `made_calls` (tool calls), `made_sums` (arithmetic with a calculator), `made_recall` (facts
-that a person told), `made_choice` (recommendations from a list).
+that a person told), `made_choice` (recommendations from a list), `made_repeat` and `made_forms`
+(nothing but copying: word for word, and by name into JSON; they are what teaches it).
 """
 
 from __future__ import annotations
@@ -324,11 +325,43 @@ def _choice(rng: random.Random) -> Record:
     }
 
 
+def _repeat(rng: random.Random) -> Record:
+    """Words that nobody has heard, to be said again."""
+    makers = rng.choices((_word, _name, _code), k=rng.randint(6, 30))
+    words = " ".join(maker(rng) for maker in makers)
+    asked = rng.choice(("Repeat: {}", "Say this again: {}", "{}\nRepeat that.", "Copy this:\n{}"))
+    turns = [
+        {"role": "user", "content": asked.format(words)},
+        {"role": "assistant", "content": words},
+    ]
+    return {"messages": turns}
+
+
+def _forms(rng: random.Random) -> Record:
+    """A form filled in by a person; some of its fields are wanted as JSON, in another order."""
+    fields = rng.sample(_FIELDS, rng.randint(3, 10))
+    values = {field: _value(field, rng) for field in fields}
+    link, end = rng.choice((": ", " is ", " = ", " - ")), rng.choice(("\n", ", ", "; ", ". "))
+    told = end.join(f"{field}{link}{value}" for field, value in values.items())
+    turns: list[Record] = []
+    for number in range(rng.choice((1, 2, 2))):
+        wanted = rng.sample(fields, rng.randint(1, len(fields)))
+        asked = rng.choice(("Give me {} as JSON.", "JSON with {}, please.", "Write {} as JSON."))
+        question = asked.format(", ".join(wanted))
+        if number == 0:
+            question = f"{told}\n{question}"
+        answer = json.dumps({field: values[field] for field in wanted})
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": turns}
+
+
 _MAKERS: dict[str, tuple[Callable[[random.Random], Record], int]] = {
     "made_calls": (_calls, 20_000),
     "made_sums": (_sums, 6_000),
     "made_recall": (_recall, 5_000),
     "made_choice": (_choice, 5_000),
+    "made_repeat": (_repeat, 10_000),
+    "made_forms": (_forms, 10_000),
 }
 MADE_SOURCES = frozenset(_MAKERS)
 """The sources that this module makes."""
