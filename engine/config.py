@@ -58,6 +58,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_cache: bool = True
     chunk_tokens: int | None = None
     """Most prompt tokens of one request in one step; None: up to ``max_num_tokens``."""
+    adapter: str | None = None
+    """Directory of a LoRA adapter in PEFT's format, merged into the weights at loading."""
     check_integrity: bool = False
     """Check the block pool's books whenever the engine is idle (debugging, tests)."""
 
