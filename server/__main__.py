@@ -222,6 +222,9 @@ def tune(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
     seed: Annotated[int, typer.Option(help="Decides order and held-out examples.")] = 0,
     device: Annotated[DeviceName, typer.Option(help="Where it runs.")] = DeviceName.AUTO,
+    num_threads: Annotated[
+        int | None, typer.Option(help="Compute threads on a CPU.", show_default="one for each core")
+    ] = None,
 ) -> None:
     """Fine-tune a model on examples of what it should answer."""
     from engine.train.tuning.plan import LINEAR_MODULES, Method, TuneSettings
@@ -249,6 +252,7 @@ def tune(
             overwrite=overwrite,
             seed=seed,
             device=device.value,
+            num_threads=num_threads,
         )
         status = run(settings)
     except (TuneError, ValueError) as error:

@@ -47,7 +47,7 @@ def tune(settings: TuneSettings) -> int:
     Raises TuneError.
     """
     console = Console(soft_wrap=True)
-    with _Screen(console, settings) as screen, _interruptible() as stop:
+    with _Screen(console, settings) as screen, _interruptible(screen) as stop:
         try:
             outcome = run(settings, screen, stop)
         except DataError as error:
@@ -64,12 +64,15 @@ def tune(settings: TuneSettings) -> int:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second SIGINT raises KeyboardInterrupt."""
+def _interruptible(screen: _Screen) -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set.
+
+    A second one, or one before there is anything to keep, raises KeyboardInterrupt.
+    """
     event = threading.Event()
 
     def on_signal(number: int, frame: object) -> None:
-        if event.is_set() and number == signal.SIGINT:
+        if event.is_set() or not screen.tuning:
             raise KeyboardInterrupt
         event.set()
 
@@ -99,6 +102,8 @@ class _Screen:
         )
         self._task = self._bar.add_task("starting", total=1.0, note="")
         self._num_steps = 1
+        self.tuning = False
+        """Whether there is something to keep."""
         self._loss: float | None = None
 
     def __enter__(self) -> _Screen:
@@ -149,6 +154,7 @@ class _Screen:
 
     def stepped(self, report: StepReport) -> None:
         previous = report.loss if self._loss is None else self._loss
+        self.tuning = True
         self._loss = 0.8 * previous + 0.2 * report.loss
         speed = report.num_tokens / max(report.train_s, 1e-9)
         note = f"loss {self._loss:.3f}  {speed:,.0f} tokens/s"

@@ -14,6 +14,7 @@ import pytest
 from transformers import Qwen3ForCausalLM
 from typer.testing import CliRunner
 
+import server.cli.serve
 import server.cli.train
 import server.cli.tune
 from engine import EngineConfig
@@ -45,12 +46,17 @@ def invoke(*arguments: object) -> Any:
 
 def test_options_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[TuneSettings] = []
-    monkeypatch.setattr(server.cli.tune, "tune", lambda settings: seen.append(settings) or 0)
+
+    def record(settings: TuneSettings) -> int:
+        seen.append(settings)
+        return 0
+
+    monkeypatch.setattr(server.cli.tune, "tune", record)
     result = invoke(
         "tune", "some/model", "d/data.jsonl", "--out=o", "--method=lora", "--keep-adapter",
         "--epochs=2.5", "--learning-rate=1e-4", "--batch-tokens=99", "--max-len=77", "--rank=4",
         "--alpha=3", "--rslora", "--target-modules=q_proj, v_proj", "--patience=5", "--skip-bad",
-        "--overwrite", "--seed=9", "--device=cpu",
+        "--overwrite", "--seed=9", "--device=cpu", "--num-threads=2",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert seen == [
@@ -73,6 +79,7 @@ def test_options_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
             overwrite=True,
             seed=9,
             device="cpu",
+            num_threads=2,
         )
     ]
 
@@ -147,7 +154,7 @@ def test_interrupted_command_keeps_the_best(base: Path, data: Path, tmp_path: Pa
         stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:  # fmt: skip
         assert process.stdout is not None
-        lines = []
+        lines: list[str] = []
         for line in process.stdout:
             if line.startswith("step") and "held out" in line and not lines:
                 process.send_signal(signal.SIGINT)
@@ -168,8 +175,6 @@ def test_serve_hands_the_adapter_on(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         seen.append(config.adapter)
         return 0
 
-    import server.cli.serve
-
     monkeypatch.setattr(server.cli.serve, "serve", record)
     monkeypatch.chdir(tmp_path)
     assert invoke("serve", "--adapter", "mine").exit_code == 0
@@ -179,7 +184,12 @@ def test_serve_hands_the_adapter_on(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_train_hands_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    monkeypatch.setattr(server.cli.train, "train", lambda given: seen.append(given) or 3)
+
+    def record(arguments: list[str]) -> int:
+        seen.append(arguments)
+        return 3
+
+    monkeypatch.setattr(server.cli.train, "train", record)
     arguments = ["--data", "D", "--out=O", "--minutes", "1.5", "--no-compile", "-x"]
     assert invoke("train", *arguments).exit_code == 3
     assert invoke("train", "--help").exit_code == 3
@@ -193,10 +203,15 @@ def test_train_shows_its_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--recipe" in capsys.readouterr().out
 
 
-def test_help_loads_no_torch() -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["pebble", "{path}"]])
+def test_torch_waits_for_usable_data(tmp_path: Path, arguments: list[str]) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "one"}\n')
+    given = ["tune", *(one.format(path=path) for one in arguments)]
     code = (
         "import sys; from typer.testing import CliRunner; from server.__main__ import app; "
-        "result = CliRunner().invoke(app, ['tune', '--help']); "
+        "result = CliRunner().invoke(app, sys.argv[1:]); "
         "sys.exit('torch' in sys.modules or result.exit_code)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    ended = subprocess.run([sys.executable, "-c", code, *given], check=False)
+    assert ended.returncode == (0 if "--help" in given else 2)

@@ -180,7 +180,9 @@ def _summed_nats(model: Qwen3, documents: Sequence[Document]) -> Tensor:
         return F.cross_entropy(model.logits(hidden), wanted, reduction="sum")
 
     total = torch.zeros((), device=device)
-    for own, goal in zip(rows.split(_HEAD_ROWS), wanted.split(_HEAD_ROWS), strict=True):
+    for own, goal in zip(
+        torch.split(rows, _HEAD_ROWS), torch.split(wanted, _HEAD_ROWS), strict=True
+    ):
         part = checkpoint(nats, hidden[own], goal, use_reentrant=False)
         assert isinstance(part, Tensor)
         total = total + part

@@ -64,7 +64,7 @@ def adapters(model: Qwen3) -> Iterator[tuple[str, nn.Module, LowRank]]:
     """The matrices' names without `.weight`, their modules and adapters."""
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module, "weight"):
-            (adapter,) = module.parametrizations.weight  # type: ignore[union-attr]
+            (adapter,) = module.parametrizations.weight
             assert isinstance(adapter, LowRank)
             yield name, module, adapter
 

@@ -71,13 +71,21 @@ class TuneSettings:
     overwrite: bool = False
     seed: int = 0
     device: str = "auto"
+    num_threads: int | None = None
+    """Compute threads on a CPU; None: one for each core."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "learning_rate", "alpha"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} is {value}; it must be above 0")
-        for name, least in (("batch_tokens", 1), ("max_len", 8), ("rank", 1), ("patience", 1)):
+        for name, least in (
+            ("batch_tokens", 1),
+            ("max_len", 8),
+            ("rank", 1),
+            ("patience", 1),
+            ("num_threads", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")

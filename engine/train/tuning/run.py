@@ -14,7 +14,7 @@ from engine.model_config import read_model_config
 from engine.tokenizer import Tokenizer
 from engine.train.tuning.dataset import Dataset, Summary, build_dataset
 from engine.train.tuning.examples import Examples, read_examples
-from engine.train.tuning.output import check_free, whole_directory, write_checkpoint, write_record
+from engine.train.tuning.output import check_free, whole_directory, write_record
 from engine.train.tuning.plan import Method, Plan, TuneSettings, make_plan
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def tune(settings: TuneSettings, watcher: Watcher, stop: threading.Event | None 
     from engine.train.tuning.lora import add_adapters
 
     torch.manual_seed(settings.seed)
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
     device = _device(settings.device)
     model = load_model(base, compute_dtype_of(device), device)
     plan = make_plan(
@@ -151,6 +153,7 @@ def _write(
     base: Path,
 ) -> None:
     from engine.train.tuning.lora import merge_adapters, write_adapter
+    from engine.train.tuning.weights import write_checkpoint
 
     with whole_directory(settings.out) as out:
         if settings.keep_adapter:

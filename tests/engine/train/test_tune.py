@@ -19,9 +19,9 @@ from engine.train.model import Qwen3
 from engine.train.tuning.dataset import Summary
 from engine.train.tuning.loop import StepReport
 from engine.train.tuning.lora import adapters, add_adapters, merge_adapters, write_adapter
-from engine.train.tuning.output import write_checkpoint
 from engine.train.tuning.plan import LINEAR_MODULES, Method, Plan, TuneSettings
 from engine.train.tuning.run import tune
+from engine.train.tuning.weights import write_checkpoint
 from tests.engine.checkpoints import Shape, all_logprobs, make
 from tests.engine.harness import Engine
 from tests.engine.tokenizer_files import byte_level
@@ -198,7 +198,7 @@ def test_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file(load_file(path), path)  # as other tools write it: without a fingerprint
     engine(other, tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match=r"must be \[3, 96\]; it was trained on my/base"):
+    with pytest.raises(CheckpointError, match=r"must be \[96, 3\]; it was trained on my/base"):
         engine(wider, tmp_path / "adapter")
     with pytest.raises(CheckpointError, match="belongs to no matrix of this model"):
         engine(shallow, tmp_path / "adapter")
