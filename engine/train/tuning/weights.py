@@ -15,7 +15,8 @@ from engine.train.tuning.output import RECORD
 __all__ = ["write_checkpoint"]
 
 _COPIED = (
-    "*.json", "*.jinja", "tokenizer.model", "*.txt", "additional_chat_templates/*.jinja", "LICENSE*",
+    "*.json", "tokenizer.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja",
+    "LICENSE*", "NOTICE*",
 )  # fmt: skip
 """Configuration, tokenizer and templates; a base's own card and training record would mislead."""
 
