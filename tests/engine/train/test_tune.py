@@ -22,7 +22,7 @@ from engine.train.tuning.lora import adapters, add_adapters, merge_adapters, wri
 from engine.train.tuning.plan import LINEAR_MODULES, Method, Plan, TuneSettings
 from engine.train.tuning.run import tune
 from engine.train.tuning.weights import write_checkpoint
-from tests.engine.checkpoints import Shape, all_logprobs, make
+from tests.engine.checkpoints import Shape, all_logprobs, load_float32, make
 from tests.engine.harness import Engine
 from tests.engine.tokenizer_files import byte_level
 
@@ -32,7 +32,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 def logits(model: Qwen3) -> Tensor:
     with torch.no_grad():
-        return model(IDS)
+        found: Tensor = model(IDS)
+    return found
 
 
 def adapted(model: Qwen3, targets: tuple[str, ...] = LINEAR_MODULES) -> Qwen3:
@@ -62,7 +63,7 @@ def shake(model: Qwen3) -> None:
 def test_loaded_model_has_the_logits_of_transformers(tmp_path: Path, shape: Shape) -> None:
     directory, _ = make(tmp_path / "base", shape)
     model = load_model(directory, torch.float32)
-    theirs = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    theirs = load_float32(directory)
     ours = logits(model).log_softmax(-1)
     torch.testing.assert_close(ours, all_logprobs(theirs, IDS.tolist()), atol=2e-4, rtol=1e-4)
     # Written again, changed, it is what transformers reads, in the same files and types.
@@ -81,7 +82,7 @@ def test_loaded_model_has_the_logits_of_transformers(tmp_path: Path, shape: Shap
         for name, tensor in before.items():
             want = (tensor.float() * 1.1).to(tensor.dtype)
             torch.testing.assert_close(after[name], want, atol=0, rtol=1e-6)
-    again = Qwen3ForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    again = load_float32(tmp_path / "out")
     if shape.dtype is torch.float32:
         torch.testing.assert_close(
             logits(model).log_softmax(-1), all_logprobs(again, IDS.tolist()), atol=3e-4, rtol=1e-4
