@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from engine.errors import ConfigError
 from engine.train.attention import Segments
 from engine.train.model import Qwen3
 from engine.train.optim import AdamW
@@ -107,6 +109,8 @@ class Tuner:
             before: held-out loss of the model as it came.
             on_step: called after each step.
             stop: ends the run after the step; the best weights so far are kept.
+
+        Raises ConfigError when the loss is no number before any weights were worth keeping.
         """
         began = time.monotonic()
         best, best_step, step, num_tokens = float("inf"), 0, 0, 0
@@ -115,6 +119,11 @@ class Tuner:
             batch = next(self._batches)
             loss = self._step(batch, self._plan.lr_factor(step))
             step += 1
+            if not math.isfinite(loss) and not self._best:
+                raise ConfigError(
+                    f"the loss is {loss} after {step} steps at a learning rate of "
+                    f"{self._plan.learning_rate:g}; a lower one is needed"
+                )
             num_tokens += sum(len(one) for one in batch)
             stopped = stop is not None and stop.is_set()
             heldout = None

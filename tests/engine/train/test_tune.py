@@ -332,6 +332,13 @@ def test_run_ends_when_nothing_gets_better(tmp_path: Path, base: Path, data: Pat
     assert outcome.steps < 400
 
 
+def test_diverging_run_is_an_error(tmp_path: Path, base: Path, data: Path) -> None:
+    settings = TuneSettings(model=str(base), data=data, out=tmp_path / "out", learning_rate=1e30)
+    with pytest.raises(ConfigError, match=r"the loss is nan .* a lower one is needed"):
+        tune(settings, Told())
+    assert not (tmp_path / "out").exists()
+
+
 def test_output_is_never_written_over_something_else(
     tmp_path: Path, base: Path, data: Path
 ) -> None:
