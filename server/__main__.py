@@ -189,7 +189,7 @@ def tune(
         Path | None, typer.Option(help="Directory to write.", show_default="beside the data")
     ] = None,
     method: Annotated[
-        MethodName, typer.Option(help="All weights, or LoRA; auto goes by the model's size.")
+        MethodName, typer.Option(help="All weights, or LoRA; auto goes by data and model.")
     ] = MethodName.AUTO,
     merge: Annotated[
         bool, typer.Option("--merge/--keep-adapter", help="Write a whole model, or the adapter.")

@@ -140,7 +140,7 @@ def test_the_command_makes_a_model_that_loads(base: Path, data: Path, tmp_path: 
         capture_output=True, text=True, timeout=55, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    for words in ("16 to learn from, 4 held out", "all weights", "held-out loss", "done after"):
+    for words in ("16 to learn from, 4 held out", "LoRA of rank 16", "held-out loss", "done after"):
         assert words in result.stdout
     assert f"millrace serve {out}" in result.stdout
     Qwen3ForCausalLM.from_pretrained(out)

@@ -40,6 +40,7 @@ def write_checkpoint(model: Qwen3, base: Path, out: Path) -> None:
                     stored = tuned.clone() if name == "lm_head.weight" else tuned.contiguous()
                 tensors[name] = stored
         save_file(tensors, out / path.name, metadata={"format": "pt"})
+        shutil.copymode(path, out / path.name)  # the writer makes a file for its owner alone
     for pattern in _COPIED:
         for path in base.glob(pattern):
             if path.name != RECORD:

@@ -76,6 +76,7 @@ def test_loaded_model_has_the_logits_of_transformers(tmp_path: Path, shape: Shap
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     for path in directory.glob("*.safetensors"):
         before, after = load_file(path), load_file(tmp_path / "out" / path.name)
+        assert path.stat().st_mode == (tmp_path / "out" / path.name).stat().st_mode
         assert {n: (t.dtype, t.shape) for n, t in after.items()} == {
             n: (t.dtype, t.shape) for n, t in before.items()
         }

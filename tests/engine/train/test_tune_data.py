@@ -275,12 +275,15 @@ def summary(num_tokens: int) -> Summary:
 def test_plan_fits_data_and_model(tmp_path: Path) -> None:
     settings = TuneSettings(data=tmp_path / "d.jsonl", out=tmp_path / "o")
     little = make_plan(settings, summary(10_000), num_parameters=10**7, hidden_size=256)
-    assert little.method is Method.FULL
+    assert little.method is Method.LORA
     assert little.epochs > 2
+    small = make_plan(settings, summary(10**8), num_parameters=10**7, hidden_size=256)
+    assert small.method is Method.FULL
     much = make_plan(settings, summary(10**8), num_parameters=10**9, hidden_size=2048)
     assert (much.method, much.epochs) == (Method.LORA, 2)
-    assert much.learning_rate == pytest.approx(10 * little.learning_rate / 8)
-    for plan in (little, much):
+    assert much.learning_rate == pytest.approx(little.learning_rate / 8)
+    assert small.learning_rate == pytest.approx(little.learning_rate / 10)
+    for plan in (little, much, small):
         factors = [plan.lr_factor(step) for step in range(plan.num_steps)]
         peak = factors.index(max(factors))
         assert factors[:peak] == sorted(factors[:peak])
