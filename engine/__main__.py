@@ -58,6 +58,7 @@ def _load(link: Link, configure: Configure) -> tuple[Core, ModelInfo]:
     link.send(Loading("importing torch", 0.0))
     from engine.cache import CacheManager, FullAttentionGroup
     from engine.core import Core
+    from engine.fairness import TokenCosts
     from engine.runner import Runner
     from engine.scheduler import Scheduler
 
@@ -77,6 +78,8 @@ def _load(link: Link, configure: Configure) -> tuple[Core, ModelInfo]:
         max_model_len=info.max_model_len,
         eos_token_ids=info.eos_token_ids,
         chunk_tokens=config.chunk_tokens,
+        costs=TokenCosts(config.prompt_cost, config.cached_cost, config.decode_cost),
+        shared_prompt_tokens=config.shared_prompt_tokens,
     )
     core = Core(
         link,

@@ -60,13 +60,28 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Most prompt tokens of one request in one step; None: up to ``max_num_tokens``."""
     adapter: str | None = None
     """Directory of a LoRA adapter in PEFT's format, merged into the weights at loading."""
+    shared_prompt_tokens: int | None = None
+    """Most prompt tokens of a step that other tenants' answers wait for; None: an eighth of
+    ``max_num_tokens``."""
+    prompt_cost: float = 1.0
+    """What a computed prompt token counts where tenants share the engine."""
+    cached_cost: float = 0.1
+    """What a prompt token from the prefix cache counts."""
+    decode_cost: float = 2.0
+    """What a generated token counts."""
     check_integrity: bool = False
     """Check the block pool's books whenever the engine is idle (debugging, tests)."""
 
     def __post_init__(self) -> None:
         for name in ("max_num_tokens", "max_num_seqs", "block_size"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("max_model_len", "num_threads", "chunk_tokens"):
+        for name in ("prompt_cost", "cached_cost", "decode_cost"):
+            if not 0 <= (cost := getattr(self, name)) < 1e6:
+                raise ConfigError(f"{name} is {cost}; it must be at least 0 and below 1000000")
+        if not self.decode_cost:
+            # What is never charged could go on for ever before another's turn comes.
+            raise ConfigError("decode_cost is 0; it must be more")
+        for name in ("max_model_len", "num_threads", "chunk_tokens", "shared_prompt_tokens"):
             if (value := getattr(self, name)) is not None:
                 _at_least(name, value, 1)
         if self.block_size & (self.block_size - 1):

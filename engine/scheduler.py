@@ -5,22 +5,33 @@ step brings it closer to its token count, and a step that catches up draws one m
 Generating is being one token behind, reading a prompt is being many behind, and a preempted request
 that returns is simply far behind again.
 
-Why nothing stalls: running requests are kept in (priority, arrival) order and give way from the
-end, so the first in order never gives way; ``add`` refuses what would not fit into the empty pool,
-so once it is alone it fits; seats never outnumber the token budget, so it always has a token to
-compute.
+Requests have a turn: (priority, tokens their tenant was served, arrival), see ``engine.fairness``.
+Within one tenant that is (priority, arrival). Between tenants it shares out seats, blocks and the
+prompt tokens of a step; and a tenant that has fallen behind another by ``slack`` takes its seats,
+so that two tenants that always have work are never further apart than twice the slack and a step.
+
+Why nothing stalls: running requests give way from the end of their turns, so the first in turn
+never gives way to growth; ``add`` refuses what would not fit into the empty pool, so once it is
+alone it fits; seats never outnumber the token budget, so it always has a token to compute. A turn
+only changes when tokens are charged, and each token is charged once, however often it is computed
+again: so between two changes the first in turn catches up and is charged, and what is charged in
+all is finite. The same bounds fairness: one tenant can take another's seats back only after the
+slack was charged in between, not in circles.
 """
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Collection
+from math import inf
 from operator import attrgetter
 
 from engine.blocks import InvariantError
 from engine.cache import CacheManager
 from engine.errors import PromptTooLong, RequestError
+from engine.fairness import Account, Accounts, Bids, TokenCosts, turn_of
 from engine.steps import Phase, Plan, RequestState, Row, StepOutput
 from engine.types import Delta, FinishReason, Request, TokenLogprobs
 
@@ -43,6 +54,9 @@ class Scheduler:
         max_model_len: most tokens of prompt and answer together.
         eos_token_ids: tokens that end an answer unless its request ignores them.
         chunk_tokens: most tokens of one request in one step; None: up to ``max_num_tokens``.
+        costs: what tokens count where tenants share.
+        shared_prompt_tokens: most prompt tokens of a step in which another tenant's answers wait
+            for it; None: an eighth of ``max_num_tokens``.
     """
 
     def __init__(
@@ -54,6 +68,8 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Collection[int],
         chunk_tokens: int | None = None,
+        costs: TokenCosts | None = None,
+        shared_prompt_tokens: int | None = None,
     ) -> None:
         self._cache = cache
         self._max_num_tokens = max_num_tokens
@@ -61,10 +77,14 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
         self._chunk_tokens = max_num_tokens if chunk_tokens is None else chunk_tokens
+        self._shared_prompt_tokens = shared_prompt_tokens or max(1, max_num_tokens // 8)
+        costs = costs or TokenCosts()
+        self._costs = costs
+        # What the dearest step charges: all of it prompts, and a token drawn for every seat.
+        slack = max_num_tokens * costs.prompt + self._max_num_seqs * costs.decode
+        self._accounts = Accounts(slack)
         self._requests: dict[str, RequestState] = {}
-        # Both in order of (priority, arrival).
-        self._waiting: list[RequestState] = []
-        self._running: list[RequestState] = []
+        self._running: list[RequestState] = []  # in order of (priority, arrival)
         self._arrivals = 0
         self._plan: Plan | None = None
         self._prompt_tokens = 0
@@ -81,7 +101,7 @@ class Scheduler:
     def stats(self) -> dict[str, int]:
         """Those fields of EngineStats that the scheduler knows."""
         return {
-            "waiting": len(self._waiting),
+            "waiting": self._accounts.num_waiting,
             "running": len(self._running),
             "num_blocks": self._cache.num_usable,
             "free_blocks": self._cache.num_free,
@@ -119,7 +139,8 @@ class Scheduler:
             )
         self._arrivals += 1
         self._requests[request.request_id] = state
-        insort(self._waiting, state, key=_by_order)
+        state.account = self._accounts.enter(state)
+        self._accounts.push(state)
 
     def abort(self, request_id: str) -> Delta | None:
         """End a request now and free its blocks; its part of a step in flight will be ignored.
@@ -136,32 +157,24 @@ class Scheduler:
         """Choose the rows of the next step and give them blocks.
 
         First the requests that need one token, so that nobody's answer waits for another's prompt;
-        what is left of the budget goes to prompts in order. A plan that was not committed is
+        what is left of the budget goes to prompts in turn. A plan that was not committed is
         replaced by the next one.
         """
+        self._accounts.forget_plan()
         self._admit_urgent()
-        rows, behind, budget = self._plan_single_tokens()
-        position = 0
-        admitting = True
-        while budget > 0:
-            state = behind[position] if position < len(behind) else None
-            if admitting and self._waiting:
-                head = self._waiting[0]
-                if state is None or head.order < state.order:
-                    admitting = self._admit(head)
-                    if not admitting:
-                        continue
-                    state, position = head, position - 1
-            if state is None:
-                break
-            position += 1
-            start = state.num_computed
-            left = len(state.token_ids) - start
-            num_new = min(left, budget, self._chunk_tokens)
-            wants = state.wants_prompt_logprobs and start < state.num_prompt - 1
-            rows.append(Row(state, start, num_new, num_new == left, wants))
-            budget -= num_new
-        self._plan = Plan(rows, self._max_num_tokens - budget)
+        running = self._in_turn()
+        rows: list[Row] = []
+        behind: dict[Account, deque[RequestState]] = {}
+        if (state := self._newcomer(running)) is not None:
+            behind[state.account] = deque([state])
+        else:
+            self._plan_single_tokens(running, rows, behind)
+        budget = self._max_num_tokens - len(rows)
+        if behind or self._accounts.num_waiting:
+            if self._accounts.num_tenants > 1 and (rows or state is not None):
+                budget = min(budget, self._shared_prompt_tokens)
+            self._plan_prompts(rows, behind, budget, admitting=state is None)
+        self._plan = Plan(rows, sum([row.num_new for row in rows]))
         return self._plan
 
     def commit(self, plan: Plan, output: StepOutput) -> list[Delta]:
@@ -175,6 +188,7 @@ class Scheduler:
             raise InvariantError("commit() takes the latest plan, once")
         self._plan = None
         self._check_output(plan, output)
+        self._accounts.settle()
         deltas: list[Delta] = []
         drawn = 0
         finished = False
@@ -201,17 +215,21 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Compare all books, the cache's included. Raises InvariantError naming a contradiction."""
         self._cache.check_integrity()
-        for states, phase in ((self._waiting, Phase.WAITING), (self._running, Phase.RUNNING)):
-            orders = [state.order for state in states]
-            if orders != sorted(set(orders)):
-                raise InvariantError(f"{phase.value} requests are out of order: {states}")
+        waiting = self._accounts.waiting()
+        for states, phase in ((waiting, Phase.WAITING), (self._running, Phase.RUNNING)):
             for state in states:
                 known = self._requests.get(state.request.request_id) is state
                 if state.phase is not phase or not known:
                     raise InvariantError(f"{state} is listed as {phase.value}")
                 state.check_integrity()
-        if len(self._requests) != len(self._waiting) + len(self._running):
+        for states in (self._running, *(account.waiting for account in self._accounts.queued())):
+            orders = [state.order for state in states]
+            if orders != sorted(set(orders)):
+                raise InvariantError(f"requests are out of order: {states}")
+        if len(self._requests) != len(waiting) + len(self._running):
             raise InvariantError(f"requests neither wait nor run: {sorted(self._requests)}")
+        if wrong := self._accounts.check(self._running):
+            raise InvariantError("; ".join(wrong))
         if len(self._running) > self._max_num_seqs:
             raise InvariantError(f"{len(self._running)} requests on {self._max_num_seqs} seats")
         if not self._running and self._cache.num_free != self._cache.num_usable:
@@ -227,64 +245,138 @@ class Scheduler:
                 f"{self._max_model_len} it may have at most {self._max_model_len - 1}",
                 param="prompt",
             )
+        if not 0 < request.weight < inf:
+            raise RequestError(f"weight is {request.weight}; it must be > 0", param="weight")
         try:
             array("I", request.prompt_ids)
         except (OverflowError, TypeError) as error:
             message = f"the prompt is not made of token ids: {error}"
             raise RequestError(message, param="prompt") from None
 
+    def _in_turn(self) -> list[RequestState]:
+        """Running requests, the first in turn first; a new list."""
+        if self._accounts.num_active > 1:
+            return sorted(self._running, key=turn_of)
+        return self._running.copy()
+
+    def _last_in_turn(self) -> RequestState:
+        if self._accounts.num_active > 1:
+            return max(self._running, key=turn_of)
+        return self._running[-1]
+
     def _admit_urgent(self) -> None:
-        """Let waiting requests in before lower priorities, which give way if they must."""
-        while self._waiting and self._running:
-            head = self._waiting[0]
-            if head.request.priority >= self._running[-1].request.priority:
+        """Let waiting requests in before those that must give way to them."""
+        while self._running and (head := self._accounts.head()) is not None:
+            last = self._last_in_turn()
+            if not self._accounts.must_yield(last, head):
                 return
             if self._admit(head):
                 continue
             if not self._could_give_way(head):
                 return
-            self._preempt(self._running[-1])
+            self._preempt(last)
 
     def _could_give_way(self, head: RequestState) -> bool:
-        """Whether ``head`` might fit if all lower priorities gave way (an upper bound)."""
+        """Whether ``head`` might fit if all that must yield to it gave way (an upper bound)."""
         available = self._cache.num_free
         needed = self._cache.blocks_for(len(head.token_ids))
-        for state in reversed(self._running):
-            if state.request.priority <= head.request.priority:
+        for state in reversed(self._in_turn()):
+            if not self._accounts.must_yield(state, head):
                 break
             available += sum(map(len, state.block_ids))
             if available >= needed:
                 return True
         return False
 
-    def _plan_single_tokens(self) -> tuple[list[Row], list[RequestState], int]:
-        """Rows of requests one token behind; those further behind, in order; the budget left."""
-        rows: list[Row] = []
-        behind: list[RequestState] = []
-        running = self._running
+    def _newcomer(self, running: list[RequestState]) -> RequestState | None:
+        """A tenant's only request, which has no token yet, while others' answers run.
+
+        If nobody was served less, the step is its alone: others lose that one step, and the charge
+        for it puts them first in the next. Otherwise its first token would wait for steps as long
+        as others' rows make them.
+        """
+        if not running or self._accounts.num_tenants == 1:
+            return None
+        least = turn_of(running[0])[:2]
+        head = self._accounts.head()
+        if head is not None and head.account.num_running == 0 and turn_of(head)[:2] <= least:
+            if head.num_output == 0 and _has_company(head, running) and self._admit(head):
+                return head
+            return None
+        for state in running:
+            if turn_of(state)[:2] > least:
+                break
+            alone = state.account.num_running == 1 and state.num_output == 0
+            if alone and len(state.token_ids) - state.num_computed > 1:
+                return state if _has_company(state, running) else None
+        return None
+
+    def _plan_single_tokens(
+        self,
+        running: list[RequestState],
+        rows: list[Row],
+        behind: dict[Account, deque[RequestState]],
+    ) -> None:
+        """Add rows of requests one token behind, and those further behind, in turn."""
+        charge, cost = self._accounts.plan, self._costs.decode
         index = 0
         while index < len(running):  # requests at the end may give way meanwhile
             state = running[index]
             start = state.num_computed
             if len(state.token_ids) - start > 1:
-                behind.append(state)
-            elif start < state.holding.capacity or self._grow(state):
+                behind.setdefault(state.account, deque()).append(state)
+            elif start < state.holding.capacity or self._grow(state, running):
                 wants = state.prompt_logprobs is not None and state.wants_prompt_logprobs
                 rows.append(Row(state, start, 1, True, wants and start < state.num_prompt - 1))
+                charge(state.account, cost)
             index += 1
-        return rows, behind, self._max_num_tokens - len(rows)
 
-    def _grow(self, state: RequestState) -> bool:
-        """Give a running request room for one more token; False if it gave way itself."""
+    def _plan_prompts(
+        self,
+        rows: list[Row],
+        behind: dict[Account, deque[RequestState]],
+        budget: int,
+        *,
+        admitting: bool,
+    ) -> None:
+        """Give what is left of the budget to those behind and to those waiting, in turn.
+
+        Each row is charged before the next is chosen. When the first in turn cannot be let in,
+        nobody is let in past it.
+        """
+        bids = Bids(self._accounts.queued(), behind, admitting)
+        while budget > 0 and (state := bids.next()) is not None:
+            if state.phase is Phase.WAITING and not self._admit(state):
+                bids.admitting = False
+                continue
+            rows.append(self._chunk(state, budget))
+            budget -= rows[-1].num_new
+
+    def _chunk(self, state: RequestState, budget: int) -> Row:
+        """The next part of a request that is behind; charged."""
+        start = state.num_computed
+        left = len(state.token_ids) - start
+        num_new = min(left, budget, self._chunk_tokens)
+        news = max(0, min(start + num_new, state.num_prompt) - state.prompt_seen)
+        drawn = self._costs.decode if num_new == left else 0.0
+        self._accounts.plan(state.account, news * self._costs.prompt + drawn)
+        wants = state.wants_prompt_logprobs and start < state.num_prompt - 1
+        return Row(state, start, num_new, num_new == left, wants)
+
+    def _grow(self, state: RequestState, running: list[RequestState]) -> bool:
+        """Give a running request room for one more token; False if it gave way itself.
+
+        ``running`` is in turn; its last ones give way.
+        """
         while not self._cache.grow(state.holding, state.num_computed + 1):
-            last = self._running[-1]
+            last = running.pop()
             self._preempt(last)
             if last is state:
                 return False
         return True
 
     def _admit(self, head: RequestState) -> bool:
-        """Move the first waiting request to a seat, if there is one and its tokens fit."""
+        """Move a waiting request to a seat, if there is one and its tokens fit."""
         num_running = len(self._running)
         if num_running >= self._max_num_seqs:
             return False
@@ -302,22 +394,28 @@ class Scheduler:
         self._cached_tokens += news
         if not head.num_preemptions and use_cache and self._cache.enable_prefix_cache:
             self._queried_tokens += head.num_prompt
+        self._accounts.charge(head.account, news * self._costs.cached)
         head.num_computed = num_cached
         head.move(Phase.RUNNING)
-        del self._waiting[0]
+        self._accounts.remove(head)
+        head.account.num_running += 1
         insort(self._running, head, key=_by_order)
         return True
 
+    def _unseat(self, state: RequestState) -> None:
+        del self._running[bisect_left(self._running, state.order, key=_by_order)]
+
     def _preempt(self, state: RequestState) -> None:
-        """Take the last running request's blocks; it keeps its tokens and waits to return."""
-        self._running.pop()
+        """Take a running request's blocks; it keeps its tokens and waits to return."""
+        self._unseat(state)
         self._cache.release(state.holding)
         state.num_computed = 0
         state.num_preemptions += 1
         if state.wants_prompt_logprobs:
             state.prompt_logprobs = []
         state.move(Phase.WAITING)
-        insort(self._waiting, state, key=_by_order)
+        state.account.num_running -= 1
+        self._accounts.push(state)
         self._preemptions += 1
 
     def _check_output(self, plan: Plan, output: StepOutput) -> None:
@@ -369,6 +467,9 @@ class Scheduler:
 
     def _finish(self, state: RequestState) -> None:
         """Free what a request holds and forget it; the caller takes it off its list."""
+        account = state.account
+        account.num_running -= state.phase is Phase.RUNNING
+        self._accounts.leave(account)
         state.move(Phase.FINISHED)
         self._cache.release(state.holding)
         del self._requests[state.request.request_id]
@@ -377,8 +478,10 @@ class Scheduler:
         state = self._requests.get(request_id)
         if state is None:
             return None
-        states = self._running if state.phase is Phase.RUNNING else self._waiting
-        del states[bisect_left(states, state.order, key=_by_order)]
+        if state.phase is Phase.RUNNING:
+            self._unseat(state)
+        else:
+            self._accounts.remove(state)
         self._finish(state)
         return Delta(
             request_id=request_id,
@@ -387,3 +490,9 @@ class Scheduler:
             usage=state.usage,
             error=error,
         )
+
+
+def _has_company(state: RequestState, running: list[RequestState]) -> bool:
+    """Whether another tenant's request runs, too."""
+    tenant = state.request.tenant
+    return any(other.request.tenant != tenant for other in running)

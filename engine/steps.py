@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from engine.blocks import InvariantError
 from engine.cache import Holding
+from engine.fairness import Account
 from engine.types import Request, TokenLogprobs, Usage
 
 __all__ = ["Phase", "Plan", "RequestState", "Row", "StepOutput"]
@@ -35,7 +36,8 @@ class RequestState:
     """A request in flight. The scheduler writes it; the runner reads it between plan and commit.
 
     Attributes:
-        order: (priority, arrival): the lesser goes first.
+        order: (priority, arrival): the lesser goes first among requests of one tenant.
+        account: its tenant's account in its priority; set by the scheduler when it is taken.
         token_ids: prompt and generated tokens; ``token_ids[num_computed:]`` wait to be computed.
         num_prompt: tokens of the prompt.
         num_computed: leading tokens whose state is in the blocks.
@@ -49,6 +51,7 @@ class RequestState:
     """
 
     __slots__ = (
+        "account",
         "holding",
         "max_len",
         "num_cached",
@@ -74,6 +77,7 @@ class RequestState:
         eos_token_ids: Collection[int],
     ) -> None:
         sampling = request.sampling
+        self.account: Account
         self.request = request
         self.order = (request.priority, arrival)
         self.token_ids = list(request.prompt_ids)

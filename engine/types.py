@@ -76,6 +76,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Lower goes first; equal priorities go in order of arrival."""
     cache_salt: str = ""
     """Prefixes are shared only under the same salt: no tenant can time another's prompts."""
+    tenant: str = ""
+    """Who is charged: among equal priorities, tenants share the engine by ``weight``."""
+    weight: float = 1.0
+    """Share of the tenant, > 0 and finite; 2 is due twice the tokens of 1."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -75,6 +75,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             "logprobs": st.integers(0, 1),
             "prompt_logprobs": st.integers(0, 1),
             "cache_salt": st.sampled_from(["", "other"]),
+            "tenant": st.sampled_from(["", "one", "two"]),
+            "weight": st.sampled_from([1.0, 0.5, 4.0]),
         },
     )
 
@@ -205,9 +207,8 @@ MUTATIONS = [
     Mutation(
         "first in order gives way",
         SCHEDULER,
-        "            last = self._running[-1]\n            self._preempt(last)",
-        "            last = self._running[0]\n            self._running.append(last)\n"
-        "            self._preempt(last)\n            self._running.remove(last)",
+        "last = running.pop()",
+        "last = running.pop(0)",
     ),
     Mutation(
         "more seats than tokens",
@@ -263,10 +264,10 @@ MUTATIONS = [
     Mutation(
         "aborted request stays listed",
         SCHEDULER,
-        "del states[bisect_left(states, state.order, key=_by_order)]",
-        "pass",
+        "        else:\n            self._accounts.remove(state)\n",
+        "",
     ),
-    Mutation("budget not counted", SCHEDULER, "budget -= num_new", "budget -= 0 * num_new"),
+    Mutation("budget not counted", SCHEDULER, "budget -= rows[-1].num_new", "budget -= 0"),
     Mutation(
         "chunks not limited",
         SCHEDULER,
