@@ -1,4 +1,12 @@
-"""API keys from a file: one a line, ``#`` begins a comment.
+"""API keys from a file.
+
+The plain form has one key a line, ``#`` begins a comment. The long form is TOML and gives each key
+its limits; the file then holds no secrets, since keys may be given as hashes in both forms::
+
+    [[key]]
+    hash = "sha256:..."          # made by the command `millrace key`
+    name = "website"
+    requests_per_minute = 60     # and the other fields of KeyPolicy
 
 Keys are kept as digests only: a core dump or a log of this process gives none away.
 """
@@ -7,16 +15,40 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
+import secrets
 import stat
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from engine import ConfigError
 from server.errors import ApiError
+from server.guard.policy import OPEN, KeyPolicy
 
-__all__ = ["KeyFileError", "KeyRing"]
+__all__ = ["KeyFileError", "KeyRing", "hash_of", "make_key"]
 
 MAX_FILE_BYTES = 1 << 20
 MAX_KEY_CHARS = 512
+HASH_PREFIX = "sha256:"
+_LONG_FORM = re.compile(r"^\s*\[\[\s*key\s*\]\]", re.MULTILINE)
+_HASH = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+def make_key() -> str:
+    """Return a new key of 256 random bits."""
+    return "mr-" + secrets.token_urlsafe(32)
+
+
+def hash_of(key: str) -> str:
+    """Return a key as a key file may hold it.
+
+    A plain hash is enough: nobody guesses 256 random bits, however fast they can be tried.
+    """
+    return HASH_PREFIX + _digest(key).hex()
 
 
 class KeyFileError(ConfigError):
@@ -36,8 +68,13 @@ def _owner(key: str) -> str:
 class KeyRing:
     """The keys that are accepted; an empty ring accepts every caller as the owner ""."""
 
-    def __init__(self, keys: frozenset[str] = frozenset()) -> None:
-        self._digests = tuple(_digest(key) for key in sorted(keys))
+    def __init__(
+        self, keys: frozenset[str] = frozenset(), hashes: Mapping[bytes, KeyPolicy] | None = None
+    ) -> None:
+        known = {_digest(key): KeyPolicy() for key in sorted(keys)} | dict(hashes or {})
+        self._digests = tuple(known)
+        self._policies = tuple(known.values())
+        self._by_owner: dict[str, KeyPolicy] = {}
 
     @classmethod
     def load(cls, path: Path | None) -> KeyRing:
@@ -47,7 +84,7 @@ class KeyRing:
         """
         if path is None:
             return cls()
-        return cls(frozenset(_parse(path, _read(path))))
+        return cls(hashes=_parse(path, _read(path)))
 
     @property
     def required(self) -> bool:
@@ -68,7 +105,14 @@ class KeyRing:
         matches = [hmac.compare_digest(shown, known) for known in self._digests]
         if not any(matches):
             raise _refused("The API key is not one of this server's keys.")
-        return _owner(key)
+        owner = _owner(key)
+        # Known only now: the owner is made of the key itself, which the file may not hold.
+        self._by_owner[owner] = self._policies[matches.index(True)]
+        return owner
+
+    def policy(self, owner: str) -> KeyPolicy:
+        """Return what an owner that ``owner`` returned may do."""
+        return self._by_owner.get(owner, KeyPolicy()) if self._digests else OPEN
 
 
 def _refused(message: str) -> ApiError:
@@ -105,24 +149,65 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _parse(path: Path, data: bytes) -> set[str]:
+def _parse(path: Path, data: bytes) -> dict[bytes, KeyPolicy]:
     try:
         text = data.decode("ascii")
     except UnicodeDecodeError:
         raise KeyFileError(
             f"the key file {path} is not plain text; keys are printable ASCII characters"
         ) from None
-    keys: set[str] = set()
+    if _LONG_FORM.search(text):
+        return _parse_long(path, text)
+    keys: dict[bytes, KeyPolicy] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         key = line.partition("#")[0].strip()
-        if not key:
-            continue
-        if len(key) > MAX_KEY_CHARS or not key.isprintable() or " " in key:
-            raise KeyFileError(
-                f"line {number} of the key file {path} is not a key: one key a line, up to "
-                f"{MAX_KEY_CHARS} printable characters without spaces"
-            )
-        keys.add(key)
+        if key:
+            keys[_known(key, f"line {number} of the key file {path}")] = KeyPolicy()
     if not keys:
         raise KeyFileError(f"the key file {path} holds no key; write one key a line")
     return keys
+
+
+def _parse_long(path: Path, text: str) -> dict[bytes, KeyPolicy]:
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise KeyFileError(f"the key file {path} is not TOML: {error}") from None
+    entries = document.pop("key")
+    if document or not isinstance(entries, list):
+        raise KeyFileError(f"the key file {path} may hold [[key]] tables only")
+    keys: dict[bytes, KeyPolicy] = {}
+    for number, entry in enumerate(entries, start=1):
+        where = f"[[key]] number {number} of the key file {path}"
+        digest, policy = _read_entry(entry, where)
+        if digest in keys:
+            raise KeyFileError(f"{where} is there already")
+        keys[digest] = policy
+    return keys
+
+
+def _read_entry(entry: dict[str, Any], where: str) -> tuple[bytes, KeyPolicy]:
+    fields = dict(entry)
+    key, hashed = fields.pop("key", None), fields.pop("hash", None)
+    shown = hashed if key is None else key
+    if (key is None) == (hashed is None) or not isinstance(shown, str):
+        raise KeyFileError(f"{where} needs a text, either 'hash' or 'key'")
+    if hashed is not None and not _HASH.fullmatch(shown):
+        raise KeyFileError(f"the hash of {where} must be 'sha256:' and 64 digits of 0-9a-f")
+    try:
+        return _known(shown, where), msgspec.convert(fields, KeyPolicy)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise KeyFileError(f"{where}: {error}") from None
+
+
+def _known(key: str, where: str) -> bytes:
+    """Return the digest of a key, or the one that a hash spells."""
+    if key.startswith(HASH_PREFIX):
+        if not _HASH.fullmatch(key):
+            raise KeyFileError(f"{where} is no hash: 'sha256:' and 64 digits of 0-9a-f are right")
+        return bytes.fromhex(key.removeprefix(HASH_PREFIX))
+    if not key or len(key) > MAX_KEY_CHARS or not key.isprintable() or " " in key:
+        raise KeyFileError(
+            f"{where} is not a key: up to {MAX_KEY_CHARS} printable characters without spaces"
+        )
+    return _digest(key)

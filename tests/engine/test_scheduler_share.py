@@ -128,7 +128,7 @@ def test_tenants_that_always_have_work_stay_within_steps_of_their_shares(seed: i
     run_backlog(real_modules(), seed, 100)
 
 
-FAIRNESS, SCHEDULER = FAIRNESS, "engine.scheduler"
+FAIRNESS, SCHEDULER = "engine.fairness", "engine.scheduler"
 MUTATIONS = [
     Mutation("nobody yields", FAIRNESS, "if ahead <= self._slack:", "if True:"),
     Mutation("steps cost nothing", FAIRNESS, "account.served += account.planned", "pass"),
