@@ -112,8 +112,29 @@ def serve(
         str | None, _option("--redis-url", "Where to keep state, such as redis://host:6379.")
     ] = None,
     api_key_file: Annotated[
-        Path | None, _option("--api-key-file", "File of API keys, one a line.")
+        Path | None, _option("--api-key-file", "File of API keys: one a line, or [[key]] tables.")
     ] = None,
+    max_queue: Annotated[
+        int, _option("--max-queue", "Turns that may wait for their first token.", min=1)
+    ] = 512,
+    max_queue_wait: Annotated[
+        float, _option("--max-queue-wait", "Longest expected wait of a turn, seconds.")
+    ] = 60.0,
+    max_connections: Annotated[
+        int, _option("--max-connections", "Open connections, all together.", min=1)
+    ] = 8192,
+    max_connections_per_address: Annotated[
+        int, _option("--max-connections-per-address", "Open connections of one address.", min=1)
+    ] = 8192,
+    price_prompt: Annotated[
+        float, _option("--price-prompt", "Price of a million prompt tokens.", min=0)
+    ] = 0.0,
+    price_cached: Annotated[
+        float, _option("--price-cached", "The same for those from the prefix cache.", min=0)
+    ] = 0.0,
+    price_completion: Annotated[
+        float, _option("--price-completion", "Price of a million generated tokens.", min=0)
+    ] = 0.0,
     served_model_name: Annotated[
         str | None, _option("--served-model-name", "The model's name in the API.")
     ] = None,
@@ -131,6 +152,7 @@ def serve(
     from engine import Device, Dtype, EngineConfig, parse_bytes
     from server.cli.serve import StartError
     from server.cli.serve import serve as run
+    from server.metering.ledger import Prices
     from server.settings import ServerSettings
 
     try:
@@ -147,7 +169,15 @@ def serve(
             adapter=None if adapter is None else str(adapter.expanduser().absolute()),
         )
         settings = ServerSettings(
-            host=host, port=port, redis_url=redis_url, api_key_file=api_key_file
+            host=host,
+            port=port,
+            redis_url=redis_url,
+            api_key_file=api_key_file,
+            max_queue=max_queue,
+            max_queue_wait_s=max_queue_wait,
+            max_connections=max_connections,
+            max_connections_per_address=max_connections_per_address,
+            prices=Prices(prompt=price_prompt, cached=price_cached, completion=price_completion),
         )
         status = run(settings, config)
     except (StartError, ValueError) as error:
@@ -273,6 +303,23 @@ def train(context: typer.Context) -> None:
     from server.cli.train import train as run
 
     raise typer.Exit(run(context.args))
+
+
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(help="For you, to know it by.")] = "",
+) -> None:
+    """Make an API key and print it, once, with what the key file needs."""
+    from server.guard.keys import hash_of, make_key
+
+    new = make_key()
+    typer.echo(f"The key, which is shown now and never again:\n\n    {new}\n")
+    typer.echo("For the key file (--api-key-file); limits may follow, see the README:\n")
+    typer.echo(f'    [[key]]\n    name = "{_plain(name)}"\n    hash = "{hash_of(new)}"')
+
+
+def _plain(text: str) -> str:
+    return "".join(letter for letter in text if letter.isprintable() and letter not in '"\\')
 
 
 def _fail(message: str) -> None:

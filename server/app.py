@@ -14,12 +14,17 @@ from aiohttp.typedefs import Handler, Middleware
 from engine import Tokenizer
 from server.crash import log_crash
 from server.errors import ApiError
+from server.guard.gate import Gate
 from server.guard.keys import KeyRing
+from server.guard.limits import Limits
 from server.guard.origins import Origins
+from server.guard.queue import WaitingTurns
 from server.journals import Journals
 from server.metering.enginewatch import EngineWatch
+from server.metering.ledger import Ledger
 from server.metering.loopwatch import LoopWatch
 from server.metering.metrics import Metrics
+from server.metering.pace import Pace
 from server.routes import (
     chat,
     completions,
@@ -37,6 +42,7 @@ from server.sessions import Sessions
 from server.settings import ServerSettings
 from server.state import (
     ENGINE,
+    GATE,
     JOURNALS,
     KEYS,
     METRICS,
@@ -59,6 +65,7 @@ log = logging.getLogger("millrace.server")
 access_log = logging.getLogger("millrace.access")
 
 _MAX_LOGGED_PATH = 120
+_PACE: web.AppKey[Pace] = web.AppKey("pace", Pace)
 
 
 def build_app(
@@ -115,12 +122,26 @@ def _assemble(
     app[JOURNALS] = journals
     app[SESSIONS] = sessions
     app[SOCKETS] = set()
+    pace = Pace()
+    app[_PACE] = pace
+    app[GATE] = Gate(
+        keys,
+        Limits(store, Ledger(store, settings.prices)),
+        WaitingTurns(
+            lambda: engine.stats,
+            pace,
+            max_waiting=settings.max_queue,
+            max_wait_s=settings.max_queue_wait_s,
+        ),
+        metrics,
+    )
     app[TURNS] = Turns(
         engine,
         tokenizer,
         journals,
         sessions,
         metrics,
+        gate=app[GATE],
         max_live=settings.max_live_turns,
         retention_s=settings.retention_s,
         unstored_retention_s=settings.unstored_retention_s,
@@ -130,13 +151,15 @@ def _assemble(
 async def _run(app: web.Application) -> AsyncIterator[None]:
     """Run what belongs to the application from its start to its cleanup."""
     loop_watch = LoopWatch(app[METRICS])
-    engine_watch = EngineWatch(app[METRICS], lambda: app[ENGINE].stats)
+    engine_watch = EngineWatch(app[METRICS], lambda: app[ENGINE].stats, pace=app[_PACE])
     await app[JOURNALS].start()
     loop_watch.start()
     engine_watch.start()
+    app[GATE].start(app[TURNS].show_place)
     yield
     await app[TURNS].drain(0.0)
     app[TURNS].close()
+    await app[GATE].close()
     await app[JOURNALS].close()
     loop_watch.stop()
     engine_watch.stop()
@@ -238,6 +261,8 @@ class _Surroundings:
         headers["X-Content-Type-Options"] = "nosniff"
         if request_id := http.get(REQUEST_ID):
             headers["x-request-id"] = request_id
+        if http.method == "POST" and (owner := http.get(OWNER)):
+            headers.update(http.app[GATE].headers(owner))
         self._origins.add_headers(http, response)
 
 

@@ -6,7 +6,7 @@ have (``token_ids``, ``ResponsePrompt``) are extensions; clients of the Response
 
 Order within one turn::
 
-    created, in_progress, [prompt]*,
+    created, in_progress, [prompt]*, [queued]*,
     per output item (reasoning, messages and calls; items of several choices interleave):
         output_item.added, its own events, output_item.done
     exactly one of: completed | incomplete | failed | cancelled
@@ -48,6 +48,7 @@ __all__ = [
     "ResponseInProgress",
     "ResponseIncomplete",
     "ResponsePrompt",
+    "ResponseQueued",
     "TokenLogprob",
     "TopLogprob",
     "decode_event",
@@ -99,6 +100,16 @@ class ResponsePrompt(Event, frozen=True, kw_only=True, tag="response.millrace.pr
     token_ids: list[int]
     logprobs: list[TokenLogprob | None] | None = None
     """One entry a prompt token, the first None; or None as a whole when not asked for."""
+
+
+class ResponseQueued(Event, frozen=True, kw_only=True, tag="response.millrace.queued"):
+    """The turn still waits for its first token; comes while it does, about once a second at most.
+
+    ``place`` is 1 for the next of the caller's key. ``wait_s`` is estimated from the engine's pace.
+    """
+
+    place: int
+    wait_s: float | None = None
 
 
 class OutputItemAdded(Event, frozen=True, kw_only=True, tag="response.output_item.added"):
@@ -245,6 +256,7 @@ _AnyEvent = (
     ResponseCreated
     | ResponseInProgress
     | ResponsePrompt
+    | ResponseQueued
     | OutputItemAdded
     | ContentPartAdded
     | OutputTextDelta

@@ -32,6 +32,8 @@ class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    deadline_s: float | None = None
+    """Seconds from the request's arrival within which the answer must begin; None: any time."""
 
 
 class ToolOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +87,8 @@ class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):
     n: int = 1
     sampling: SamplingOptions = SamplingOptions()
     priority: int = 0
+    weight: float = 1.0
+    """The share of the caller's key; set when the turn is let in."""
     stream: bool = False
     return_token_ids: bool = False
     echo: bool = False

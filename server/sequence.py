@@ -154,6 +154,8 @@ class SequenceMaker:
             ),
             priority=request.priority,
             cache_salt=request.owner,
+            tenant=request.owner,
+            weight=request.weight,
         )
         choice = Choice(request, self._tokenizer, number, items, self._eos_ids)
         return EngineSequence(choice, prompt_ids, engine_request)

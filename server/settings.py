@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 
 import msgspec
+
+from server.metering.ledger import Prices
 
 __all__ = ["ServerSettings", "SettingsError"]
 
@@ -34,6 +37,22 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Largest request body, and largest WebSocket message."""
     max_live_turns: int = 1024
     """Turns served at once; more are refused with 429."""
+    max_queue: int = 512
+    """Turns that may wait for their first token; more are refused with 429."""
+    max_queue_wait_s: float = 60.0
+    """Longest expected wait for a first token; what would wait longer is refused with 429."""
+    max_connections: int = 8192
+    """Open connections, all together; more are closed at once."""
+    max_connections_per_address: int = 8192
+    """Open connections of one address. Behind a proxy all have the proxy's."""
+    head_timeout_s: float = 15.0
+    """How long a client may take to send a request's head."""
+    body_timeout_s: float = 60.0
+    """How long a client may take to send a body."""
+    max_unsent_bytes: int = 1 * _MIB
+    """What a connection may leave unread before it is cut; its stream can be resumed."""
+    prices: Prices = Prices()
+    """Of a million tokens; for the ledger, and for keys with a limit of money."""
     max_lanes: int = 32
     """Turns at once on one WebSocket."""
     drain_s: float = 30.0
@@ -56,6 +75,10 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name in (
             "max_body_bytes",
             "max_live_turns",
+            "max_queue",
+            "max_connections",
+            "max_connections_per_address",
+            "max_unsent_bytes",
             "max_lanes",
             "retention_s",
             "unstored_retention_s",
@@ -65,5 +88,13 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 raise SettingsError(f"{name} is {value}; it must be at least 1")
         if self.drain_s < 0:
             raise SettingsError(f"drain_s is {self.drain_s}; it must be at least 0")
+        if self.max_queue_wait_s <= 0:
+            raise SettingsError(f"max_queue_wait_s is {self.max_queue_wait_s}; it must be above 0")
+        for name in Prices.__struct_fields__:
+            if not 0 <= (price := getattr(self.prices, name)) < inf:
+                raise SettingsError(f"the {name} price is {price}; it must be at least 0")
+        for name in ("head_timeout_s", "body_timeout_s"):
+            if (seconds := getattr(self, name)) <= 0:
+                raise SettingsError(f"{name} is {seconds}; it must be more than 0")
         if self.keepalive_s <= 0:
             raise SettingsError(f"keepalive_s is {self.keepalive_s}; it must be more than 0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from engine import Tokenizer
+from server.guard.gate import Gate
 from server.guard.keys import KeyRing
 from server.journals import Journals
 from server.metering.metrics import Metrics
@@ -16,6 +17,7 @@ from server.turns import Turns
 
 __all__ = [
     "ENGINE",
+    "GATE",
     "JOURNALS",
     "KEYS",
     "METRICS",
@@ -38,6 +40,8 @@ TURNS: web.AppKey[Turns] = web.AppKey("turns", Turns)
 METRICS: web.AppKey[Metrics] = web.AppKey("metrics", Metrics)
 SETTINGS: web.AppKey[ServerSettings] = web.AppKey("settings", ServerSettings)
 KEYS: web.AppKey[KeyRing] = web.AppKey("keys", KeyRing)
+
+GATE: web.AppKey[Gate] = web.AppKey("gate", Gate)
 
 SOCKETS: web.AppKey[set[web.WebSocketResponse]] = web.AppKey("sockets", set)
 """The open WebSockets, to be closed when the server stops."""

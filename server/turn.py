@@ -25,8 +25,11 @@ from server.events import (
     ResponseCreated,
     ResponseFailed,
     ResponseInProgress,
+    ResponseQueued,
 )
+from server.guard.queue import Place
 from server.journal import Entry, Journal, JournalBroken, JournalState
+from server.metering.ledger import Used
 from server.metering.metrics import Metrics
 from server.prompting import draw_seed, with_tokens_spent
 from server.request import TurnRequest
@@ -51,6 +54,9 @@ class TurnHost(Protocol):
 
     async def keep_end(self, request: TurnRequest, response: dict[str, Any]) -> None:
         """Store a turn's end if it is to be kept. Raises StoreError."""
+
+    def begun(self, turn: Turn) -> None:
+        """Take note of a turn's first token."""
 
     def forget(self, turn: Turn) -> None:
         """Take an ended turn out of the registry."""
@@ -89,6 +95,8 @@ class Turn:
         self._prompts_shown: list[asyncio.Event] = []
         self._state = _State.RUNNING
         self._cancelled = False
+        self._expired = False
+        """No token came before the request's deadline."""
         self._begun = False
         self._counted = False
         self._task: asyncio.Task[None] | None = None
@@ -168,6 +176,29 @@ class Turn:
             for sequence in self._sequences[:: self.request.n]:
                 self._show_prompt(sequence, None)
         self._task = asyncio.create_task(self._run(), name=f"turn-{self.id}")
+        if (deadline_s := self.request.sampling.deadline_s) is not None:
+            left_s = self._arrived_s + deadline_s - time.monotonic()
+            asyncio.get_running_loop().call_later(max(0.0, left_s), self._expire)
+
+    def _expire(self) -> None:
+        if self._is_waiting:
+            self._expired = True
+            self.stop()
+
+    def show_place(self, place: Place) -> None:
+        """Append where the turn stands in the queue, as long as it has no token."""
+        if self._is_waiting and self._journal.state is JournalState.OPEN:
+            self._journal.append(ResponseQueued(place=place.place, wait_s=place.wait_s))
+
+    @property
+    def _is_waiting(self) -> bool:
+        running = self._state is _State.RUNNING and not self._cancelled
+        return running and self._last_token_s is None
+
+    @property
+    def used(self) -> Used:
+        """The tokens it used so far."""
+        return Used(*self._usage())
 
     # Running
 
@@ -192,7 +223,7 @@ class Turn:
         """Take what the engine sends until all sequences are closed."""
         self._begun = True
         if self._cancelled:
-            return Ending("cancelled")
+            return self._stopped()
         try:
             if len(self._sequences) == 1:
                 await self._pump_rounds(self._sequences[0])
@@ -202,7 +233,7 @@ class Turn:
             task = asyncio.current_task()
             if task is not None:
                 task.uncancel()
-            return Ending("cancelled")
+            return self._stopped()
         except EngineDied:
             return Ending("failed", ("engine_died", "The engine died; send the request again."))
         except EngineClosed:
@@ -255,6 +286,9 @@ class Turn:
         self._sequences.append(sequence)
         sequence.submit(self._engine)
         return sequence
+
+    def _stopped(self) -> Ending:
+        return Ending("incomplete" if self._expired else "cancelled")
 
     async def _pump_all(self) -> None:
         pumps = [asyncio.create_task(self._pump(sequence)) for sequence in self._sequences]
@@ -309,6 +343,7 @@ class Turn:
         metrics = self._host.metrics
         if self._last_token_s is None:
             metrics.first_token(now - self._arrived_s)
+            self._host.begun(self)
         elif len(self._sequences) == 1:
             metrics.inter_token(now - self._last_token_s, num_tokens)
         self._last_token_s = now
@@ -335,7 +370,8 @@ class Turn:
     def _final(self, ending: Ending) -> dict[str, Any]:
         items = [item for sequence in self._sequences for item in sequence.choice.items.bodies()]
         items = sorted([*items, *self._tool_items], key=lambda numbered: numbered[0])
-        details = {"reason": "max_output_tokens"} if ending.status == "incomplete" else None
+        reason = "deadline" if self._expired else "max_output_tokens"
+        details = {"reason": reason} if ending.status == "incomplete" else None
         return {
             **self.response,
             "status": ending.status,

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from engine import EngineError, EngineState, Tokenizer
 from server.errors import ApiError
+from server.guard.gate import Gate
+from server.guard.queue import Place
 from server.journals import Journals
 from server.metering.metrics import Metrics
 from server.prompting import Prompter
@@ -47,6 +49,7 @@ class Turns:
         keeper: TurnKeeper,
         metrics: Metrics,
         *,
+        gate: Gate,
         max_live: int = 1024,
         retention_s: int = 30 * 24 * 3600,
         unstored_retention_s: int = 600,
@@ -54,6 +57,7 @@ class Turns:
         self.engine = engine
         self.tokenizer = tokenizer
         self.metrics = metrics
+        self._gate = gate
         self.draining = False
         """No new turns are taken; those that run may end."""
         self._journals = journals
@@ -84,6 +88,8 @@ class Turns:
         """
         arrived_s = time.monotonic()
         self._admit()
+        self._gate.check_early(request.owner)
+        request = self._gate.bound(request)
         self._starting += 1
         try:
             return await self._start(request, arrived_s)
@@ -122,15 +128,18 @@ class Turns:
         prompts = await self.encode(request)
         turn = Turn(self, request, arrived_s)
         turn.prepare(prompts)
+        await self._gate.enter(turn.id, request, prompts, self.engine.info.max_model_len)
         try:
             await turn.submit()
         except EngineError as error:
+            self._gate.leave(turn.id, None)
             raise _engine_unavailable(str(error)) from error
         try:
             await self._keep_begin(request, turn)
             if self.draining:
                 self._admit()
         except BaseException:
+            self._gate.leave(turn.id, None)
             await turn.leave()
             self._abandon(request, turn)
             raise
@@ -180,11 +189,21 @@ class Turns:
     def forget(self, turn: Turn) -> None:
         """Take an ended turn out of the registry."""
         self._turns.pop(turn.id, None)
+        self._gate.leave(turn.id, turn.used)
         journal = self._journals.live(turn.id)
         if journal is not None:
             self._journals.release(journal)
         if not self._turns:
             self._idle.set()
+
+    def begun(self, turn: Turn) -> None:
+        """A turn has its first token."""
+        self._gate.begun(turn.id)
+
+    def show_place(self, turn_id: str, place: Place) -> None:
+        """Tell whoever follows a waiting turn where it stands."""
+        if (turn := self._turns.get(turn_id)) is not None:
+            turn.show_place(place)
 
     async def until_idle(self) -> None:
         """Wait until no turn runs."""

@@ -1,8 +1,8 @@
 """Sampling settings of a request body, the same in every dialect that has them.
 
-Names and ranges are OpenAI's where OpenAI has the field; the others (``top_k``, ``min_p``,
-``repetition_penalty``, ``min_tokens``, ``ignore_eos``, ``stop_token_ids``, ``prompt_logprobs``,
-``include_stop_str_in_output``) keep the names and meanings that vLLM gave them.
+Names and ranges are OpenAI's where OpenAI has the field; ``deadline_s`` is our own. The others
+(``top_k``, ``min_p``, ``repetition_penalty``, ``min_tokens``, ``ignore_eos``, ``stop_token_ids``,
+``prompt_logprobs``, ``include_stop_str_in_output``) keep the names and meanings vLLM gave them.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ SAMPLING_FIELDS = frozenset(
         "ignore_eos",
         "min_tokens",
         "prompt_logprobs",
+        "deadline_s",
     }
 )
 """What read_sampling reads, for Fields.refuse_unknown."""
@@ -86,6 +87,7 @@ def read_sampling(
         ignore_eos=fields.boolean("ignore_eos", False),
         logprobs=logprobs,
         prompt_logprobs=fields.integer("prompt_logprobs", least=0, most=MAX_TOP_LOGPROBS),
+        deadline_s=_above_zero(fields, "deadline_s", 3600),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from engine import EngineStats
 from server.metering.metrics import Metrics
+from server.metering.pace import Pace
 
 __all__ = ["EngineWatch"]
 
@@ -19,9 +20,15 @@ class EngineWatch:
     """
 
     def __init__(
-        self, metrics: Metrics, stats: Callable[[], EngineStats], interval_s: float = 0.5
+        self,
+        metrics: Metrics,
+        stats: Callable[[], EngineStats],
+        interval_s: float = 0.5,
+        *,
+        pace: Pace | None = None,
     ) -> None:
         self._metrics = metrics
+        self._pace = pace or Pace()
         self._stats = stats
         self._interval_s = interval_s
         self._timer: asyncio.TimerHandle | None = None
@@ -37,5 +44,7 @@ class EngineWatch:
             self._timer = None
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._metrics.engine_stats(self._stats())
+        stats = self._stats()
+        self._metrics.engine_stats(stats)
+        self._pace.update(stats)
         self._timer = loop.call_later(self._interval_s, self._tick, loop)

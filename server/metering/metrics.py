@@ -50,6 +50,13 @@ class Metrics:
         self._inter_token_s = self._histogram(
             "inter_token_seconds", "Between two tokens of one answer.", _INTER_TOKEN_S
         )
+        self._refused = self._counter("turns_refused", "Turns not let in.", ["code"])
+        self._waiting = Gauge(
+            "millrace_turns_waiting", "Turns without a token yet.", registry=self.registry
+        )
+        self._waited_s = self._histogram(
+            "turn_wait_seconds", "From a turn's admission to its first token.", _FIRST_TOKEN_S
+        )
         self._turn_s = self._histogram(
             "turn_duration_seconds", "From a turn's begin to its terminal event.", _TURN_S
         )
@@ -80,6 +87,18 @@ class Metrics:
         """Count a turn that was accepted."""
         self._turns_started.labels(dialect).inc()
         self._turns_in_flight.inc()
+
+    def refused(self, code: str) -> None:
+        """Count a turn that was not let in, by its error's code."""
+        self._refused.labels(code).inc()
+
+    def waiting(self, count: int) -> None:
+        """Set the number of turns without a token."""
+        self._waiting.set(count)
+
+    def waited(self, seconds: float) -> None:
+        """Record how long a turn that was let in waited for its first token."""
+        self._waited_s.observe(seconds)
 
     def first_token(self, seconds: float) -> None:
         """Record the time from a request's arrival to its first token."""

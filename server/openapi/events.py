@@ -16,6 +16,7 @@ _EVENTS: tuple[type[events.Event], ...] = (
     events.ResponseCreated,
     events.ResponseInProgress,
     events.ResponsePrompt,
+    events.ResponseQueued,
     events.OutputItemAdded,
     events.ContentPartAdded,
     events.OutputTextDelta,

@@ -81,6 +81,15 @@ SAMPLING: dict[str, Schema] = {
     "prompt_logprobs": nullable(
         integer("Show the prompt's log-probabilities, with so many alternatives.", 0, 20)
     ),
+    "deadline_s": nullable(
+        {
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "maximum": 3600,
+            "description": "Seconds within which the answer must begin. A request that cannot is "
+            "refused with 429, or ends incomplete with the reason `deadline`.",
+        }
+    ),
 }
 """What every request body with sampling has."""
 

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 from aiohttp import web
 
-from server.events import Event
+from server.events import Event, ResponseQueued
 from server.journal import Entry
 from server.response_object import error_event
 from server.state import SETTINGS
 from server.store import StoreError
 from server.turn import Turn
 
-__all__ = ["Frame", "encode_frames", "event_frames", "respond", "stream"]
+__all__ = ["Frame", "encode_frames", "event_frames", "queue_comments", "respond", "stream"]
 
 log = logging.getLogger("millrace.sse")
 
@@ -59,6 +59,13 @@ def event_frames(batch: list[Entry]) -> bytes:
     )
 
 
+def queue_comments(batch: list[Entry]) -> bytes:
+    """Return a waiting turn's places as comments, for dialects that have no event for them."""
+    return b"".join(
+        b": queued %b\n\n" % data for event, data in batch if isinstance(event, ResponseQueued)
+    )
+
+
 def type_name(event: Event) -> str:
     """Return an event's ``type`` on the wire."""
     return str(event.__struct_config__.tag)
@@ -76,7 +83,8 @@ async def respond(
     """
 
     def render(batch: list[Entry]) -> bytes:
-        return encode_frames(frame for entry in batch for frame in project(entry.event))
+        frames = encode_frames(frame for entry in batch for frame in project(entry.event))
+        return queue_comments(batch) + frames
 
     return await stream(
         http, turn.batches(), render, tail=encode_frames(tail), on_leave=turn.detach

@@ -31,6 +31,7 @@ from server.sessions import Sessions
 from server.store import Store, StoreError
 from server.turn import Turn
 from server.turns import Turns
+from tests.server.gates import open_gate
 from tests.server.scripted import EOS, Script, ScriptedEngine, byte_tokenizer, say
 
 
@@ -49,6 +50,7 @@ class Bench:
             self.journals,
             self.sessions,
             self.metrics,
+            gate=open_gate(engine, store, self.metrics),
             max_live=64,
         )
 
