@@ -14,6 +14,7 @@ from aiohttp.typedefs import Handler, Middleware
 from engine import Tokenizer
 from server.crash import log_crash
 from server.errors import ApiError
+from server.guard.connections import ConnectionLimits, Connections
 from server.guard.gate import Gate
 from server.guard.keys import KeyRing
 from server.guard.limits import Limits
@@ -41,6 +42,7 @@ from server.sequence import Engine
 from server.sessions import Sessions
 from server.settings import ServerSettings
 from server.state import (
+    CONNECTIONS,
     ENGINE,
     GATE,
     JOURNALS,
@@ -122,6 +124,15 @@ def _assemble(
     app[JOURNALS] = journals
     app[SESSIONS] = sessions
     app[SOCKETS] = set()
+    app[CONNECTIONS] = Connections(
+        ConnectionLimits(
+            max_all=settings.max_connections,
+            max_per_address=settings.max_connections_per_address,
+            head_timeout_s=settings.head_timeout_s,
+            max_unsent_bytes=settings.max_unsent_bytes,
+        ),
+        metrics,
+    )
     pace = Pace()
     app[_PACE] = pace
     app[GATE] = Gate(
@@ -193,12 +204,15 @@ class _Surroundings:
             http = request
             begun_s = time.monotonic()
             http[REQUEST_ID] = f"req_{secrets.token_hex(12)}"
+            connections = http.app[CONNECTIONS]
+            connections.request_begins(http.protocol)
             status = 499
             try:
                 response = await self._answer(http, handler)
                 status = response.status
                 return response
             finally:
+                connections.request_ends(http.protocol)
                 access_log.info(
                     "%s %s %d %.1f ms",
                     http.method,

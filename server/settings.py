@@ -49,7 +49,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """How long a client may take to send a request's head."""
     body_timeout_s: float = 60.0
     """How long a client may take to send a body."""
-    max_unsent_bytes: int = 1 * _MIB
+    max_unsent_bytes: int = _MIB // 4
     """What a connection may leave unread before it is cut; its stream can be resumed."""
     prices: Prices = Prices()
     """Of a million tokens; for the ledger, and for keys with a limit of money."""

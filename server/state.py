@@ -5,6 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from engine import Tokenizer
+from server.guard.connections import Connections
 from server.guard.gate import Gate
 from server.guard.keys import KeyRing
 from server.journals import Journals
@@ -16,6 +17,7 @@ from server.store import Store
 from server.turns import Turns
 
 __all__ = [
+    "CONNECTIONS",
     "ENGINE",
     "GATE",
     "JOURNALS",
@@ -42,6 +44,7 @@ SETTINGS: web.AppKey[ServerSettings] = web.AppKey("settings", ServerSettings)
 KEYS: web.AppKey[KeyRing] = web.AppKey("keys", KeyRing)
 
 GATE: web.AppKey[Gate] = web.AppKey("gate", Gate)
+CONNECTIONS: web.AppKey[Connections] = web.AppKey("connections", Connections)
 
 SOCKETS: web.AppKey[set[web.WebSocketResponse]] = web.AppKey("sockets", set)
 """The open WebSockets, to be closed when the server stops."""

@@ -203,6 +203,7 @@ class _Server:
 
         from server.app import build_app
         from server.guard.noise import http_logger
+        from server.state import CONNECTIONS
 
         app = build_app(self._settings, parts.engine, parts.tokenizer, parts.store)
         runner = web.AppRunner(
@@ -218,8 +219,8 @@ class _Server:
         gc.freeze()
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
-        for one in self._sockets:
-            await web.SockSite(runner, one).start()
+        for server in await app[CONNECTIONS].listen(runner, self._sockets):
+            stack.callback(server.close)
         return app
 
     async def _drain(self, app: web.Application) -> None:

@@ -57,6 +57,15 @@ class Metrics:
         self._waited_s = self._histogram(
             "turn_wait_seconds", "From a turn's admission to its first token.", _FIRST_TOKEN_S
         )
+        self._connections = Gauge(
+            "millrace_connections", "Open connections.", registry=self.registry
+        )
+        self._connections_refused = self._counter(
+            "connections_refused", "Connections for which there was no room.", ["limit"]
+        )
+        self._connections_cut = self._counter(
+            "connections_cut", "Connections cut: slow_head, slow_reader.", ["reason"]
+        )
         self._turn_s = self._histogram(
             "turn_duration_seconds", "From a turn's begin to its terminal event.", _TURN_S
         )
@@ -99,6 +108,18 @@ class Metrics:
     def waited(self, seconds: float) -> None:
         """Record how long a turn that was let in waited for its first token."""
         self._waited_s.observe(seconds)
+
+    def connections(self, count: int) -> None:
+        """Set the number of open connections."""
+        self._connections.set(count)
+
+    def connection_refused(self, limit: str) -> None:
+        """Count a connection that was over a limit: all, address."""
+        self._connections_refused.labels(limit).inc()
+
+    def connection_cut(self, reason: str) -> None:
+        """Count a connection that was cut: slow_head, slow_reader."""
+        self._connections_cut.labels(reason).inc()
 
     def first_token(self, seconds: float) -> None:
         """Record the time from a request's arrival to its first token."""

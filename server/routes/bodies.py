@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from aiohttp import web
 
 from server.dialects.fields import load_json
 from server.errors import ApiError, invalid
+from server.state import SETTINGS
 
 __all__ = ["json_response", "read_json"]
 
@@ -22,8 +24,8 @@ async def read_json(http: web.Request) -> object:
     Only bodies that say they are JSON are read: a web page of another origin can send those only
     after asking (CORS), which keeps it from using a server on its reader's own machine.
 
-    Raises ApiError: 415 for another content type, 413 for a body that is too large, 400 for one
-    that is cut short or no JSON.
+    Raises ApiError: 415 for another content type, 413 for a body that is too large, 408 for one
+    that comes too slowly, 400 for one that is cut short or no JSON.
     """
     if http.content_type != "application/json":
         raise ApiError(
@@ -31,8 +33,16 @@ async def read_json(http: web.Request) -> object:
             f"The Content-Type is {_content_type(http)}; it must be 'application/json'.",
             code="unsupported_media_type",
         )
+    patience_s = http.app[SETTINGS].body_timeout_s
     try:
-        data = await http.read()
+        async with asyncio.timeout(patience_s):
+            data = await http.read()
+    except TimeoutError:
+        raise ApiError(
+            408,
+            f"The request body did not come within {patience_s:g} s.",
+            code="request_timeout",
+        ) from None
     except web.HTTPRequestEntityTooLarge as error:
         raise ApiError(
             413,

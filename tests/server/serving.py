@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from aiohttp import web
 
 from server.app import build_app
 from server.settings import ServerSettings
-from server.state import JOURNALS, TURNS
+from server.state import CONNECTIONS, JOURNALS, TURNS
 from server.store import Store
 from tests.server.scripted import ScriptedEngine, byte_tokenizer
 
@@ -80,14 +81,14 @@ async def serving(
     app = build_app(ServerSettings(**settings), cast(Any, engine), byte_tokenizer(), store)
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    host, port = runner.addresses[0][:2]
-    url = f"http://{host}:{port}"
+    sock = socket.create_server(("127.0.0.1", 0))
+    (listener,) = await app[CONNECTIONS].listen(runner, [sock])
+    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     try:
         async with aiohttp.ClientSession(url, headers=headers) as client:
             yield Served(app, engine, client, url)
     finally:
+        listener.close()
         await runner.cleanup()
         await engine.close()
         if own_store:

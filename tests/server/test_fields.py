@@ -157,6 +157,7 @@ def test_every_setting_arrives() -> None:
         "ignore_eos": True,
         "min_tokens": 2,
         "prompt_logprobs": 0,
+        "deadline_s": 2.5,
     }
     assert set(body) == SAMPLING_FIELDS
     assert sampling(body, 4) == SamplingOptions(
@@ -176,6 +177,7 @@ def test_every_setting_arrives() -> None:
         stop_token_ids=(3, 99),
         ignore_eos=True,
         prompt_logprobs=0,
+        deadline_s=2.5,
     )
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from engine import ConfigError
 from server.errors import ApiError
-from server.guard.keys import KeyFileError, KeyRing
+from server.guard.keys import KeyFileError, KeyRing, hash_of, make_key
+from server.guard.policy import KeyPolicy
 
 
 def key_file(tmp_path: Path, text: str | bytes, mode: int = 0o600) -> Path:
@@ -110,3 +111,72 @@ def test_keys_are_not_kept_in_memory(tmp_path: Path) -> None:
     ring = KeyRing.load(key_file(tmp_path, "sk-very-secret-key\n"))
     reachable = [ring, *gc.get_referents(ring), *vars(ring).values()]
     assert "sk-very-secret-key" not in repr([vars(ring), reachable])
+
+
+LONG = """
+# staff
+[[key]]
+name = "website"
+hash = "%s"
+requests_per_minute = 60
+tokens_per_minute = 1000
+max_turns = 3
+money_per_day = 2.5
+weight = 4
+priority = -2
+
+[[key]]
+key = "sk-two"
+""" % hash_of("sk-one")  # noqa: UP031
+
+
+def test_the_long_form_gives_each_key_its_policy(tmp_path: Path) -> None:
+    ring = KeyRing.load(key_file(tmp_path, LONG))
+    one = ring.owner("Bearer sk-one")
+    assert ring.policy(one) == KeyPolicy(
+        name="website",
+        requests_per_minute=60,
+        tokens_per_minute=1000,
+        max_turns=3,
+        money_per_day=2.5,
+        weight=4.0,
+        priority=-2,
+    )
+    assert ring.policy(ring.owner("Bearer sk-two")) == KeyPolicy()
+    assert one == KeyRing(frozenset({"sk-one"})).owner("Bearer sk-one"), "what is stored stays"
+    with pytest.raises(ApiError):
+        ring.owner(f"Bearer {hash_of('sk-one')}")
+
+
+def test_plain_files_may_hold_hashes(tmp_path: Path) -> None:
+    ring = KeyRing.load(key_file(tmp_path, f"{hash_of('sk-one')}  # one\nsk-two\n"))
+    assert ring.owner("Bearer sk-one") != ring.owner("Bearer sk-two")
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("[[key]]\n", "either 'hash' or 'key'"),
+        ('[[key]]\nkey = "a"\nhash = "b"\n', "either 'hash' or 'key'"),
+        ('[[key]]\nhash = "md5:1"\n', "64 digits"),
+        ('[[key]]\nkey = "sha256:1"\n', "64 digits"),
+        ('[[key]]\nkey = "a"\nweigth = 2\n', "weigth"),
+        ('[[key]]\nkey = "a"\nweight = 0\n', "weight is 0"),
+        ('[[key]]\nkey = "a"\nmax_turns = 0\n', "max_turns is 0"),
+        ('[[key]]\nkey = "a"\nmoney_per_day = -1\n', "money_per_day is -1"),
+        ('[[key]]\nkey = "a"\nrequests_per_minute = "many"\n', "int"),
+        ('[[key]]\nkey = "a"\n[[key]]\nkey = "a"\n', "number 2 .* there already"),
+        ('[[key]]\nkey = "a"\n[other]\nb = 1\n', "tables only"),
+        ("[[key]]\nkey = \n", "not TOML"),
+    ],
+)
+def test_malformed_long_files_are_refused(tmp_path: Path, text: str, word: str) -> None:
+    with pytest.raises(KeyFileError, match=word):
+        KeyRing.load(key_file(tmp_path, text))
+
+
+def test_made_keys_are_new_and_fit_a_header() -> None:
+    keys = {make_key() for _ in range(100)}
+    assert len(keys) == 100
+    ring = KeyRing(frozenset(keys))
+    assert all(ring.owner(f"Bearer {key}") for key in keys)
