@@ -1,0 +1,257 @@
+"""One key's load against another's: first-token times, the split of tokens, and an overload.
+
+    python -m tests.bench.fairness                 all of it, on the bundled model
+    python -m tests.bench.fairness --only single   or: split, overload
+
+``single``: one key keeps 200 requests in flight; how long does another key's single request wait
+for its first token, against the idle server? ``split``: two keys with weights 1 and 3 always have
+more work than there are seats; who is served what? ``overload``: turns arrive at twice the measured
+capacity; how much of the capacity is served in full, is every refusal a 429 with ``Retry-After``,
+does the server's memory grow?
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from typing import NamedTuple
+
+import aiohttp
+import orjson
+import psutil
+
+from tests.bench.report import Report
+from tests.bench.serve import free_port, percentile
+
+KEYS = """
+[[key]]
+key = "crowd"
+weight = 1
+[[key]]
+key = "single"
+weight = 1
+[[key]]
+key = "heavy"
+weight = 3
+"""
+VOCABULARY = 8000
+
+
+class Server(NamedTuple):
+    """A running ``millrace serve``."""
+
+    url: str
+    pid: int
+
+
+@contextlib.contextmanager
+def server(*options: str) -> Iterator[Server]:
+    """Run the real command on the bundled model with three keys."""
+    port = free_port()
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as keys:
+        keys.write(KEYS)
+        keys.flush()
+        os.chmod(keys.name, 0o600)
+        command = [sys.executable, "-m", "server", "serve", f"--port={port}"]
+        command += [f"--api-key-file={keys.name}", "--log-level=warning", *options]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            for _ in range(600):
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/ready"):
+                    break
+                if process.poll() is not None:
+                    raise RuntimeError(f"the server ended with {process.returncode}")
+                time.sleep(0.1)
+            yield Server(url, process.pid)
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+class Outcome(NamedTuple):
+    """One request: its status, when its first token came, and how many there were."""
+
+    status: int
+    first_s: float
+    tokens: int
+    retry_after: str | None
+
+
+class Client:
+    """Asks with one key; counts tokens as they arrive."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, key: str) -> None:
+        self._session = session
+        self._url = f"{url}/v1/completions"
+        self._headers = {"Authorization": f"Bearer {key}"}
+        self._rng = random.Random(key)
+        self.tokens = 0
+
+    async def ask(self, num_prompt: int, num_tokens: int) -> Outcome:
+        """Stream one completion of a prompt that no prefix cache knows."""
+        body = {
+            "model": "pebble",
+            "prompt": [self._rng.randrange(300, VOCABULARY) for _ in range(num_prompt)],
+            "max_tokens": num_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "return_token_ids": True,
+        }
+        started = time.perf_counter()
+        first_s, tokens = 0.0, 0
+        async with self._session.post(self._url, json=body, headers=self._headers) as answer:
+            if answer.status != 200:
+                return Outcome(answer.status, 0.0, 0, answer.headers.get("Retry-After"))
+            async for line in answer.content:
+                if line.startswith(b"data: {"):
+                    count = len(orjson.loads(line[6:])["choices"][0].get("token_ids") or ())
+                    if count and not tokens:
+                        first_s = time.perf_counter() - started
+                    tokens += count
+                    self.tokens += count
+        return Outcome(answer.status, first_s, tokens, None)
+
+    async def keep_asking(self, num_prompt: int, num_tokens: int) -> None:
+        """Ask again and again, until cancelled."""
+        while True:
+            outcome = await self.ask(num_prompt, num_tokens)
+            if outcome.status != 200:
+                await asyncio.sleep(float(outcome.retry_after or 1))
+
+
+@contextlib.asynccontextmanager
+async def load(
+    client: Client, streams: int, num_prompt: int, num_tokens: int
+) -> AsyncIterator[None]:
+    """Keep ``streams`` requests of a client in flight."""
+    asks = [client.keep_asking(num_prompt, num_tokens) for _ in range(streams)]
+    tasks = [asyncio.create_task(ask) for ask in asks]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def single(report: Report, url: str, num_prompt: int) -> None:
+    """One key with 200 requests, another with one at a time."""
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        one, crowd = Client(session, url, "single"), Client(session, url, "crowd")
+        for _ in range(3):
+            await one.ask(num_prompt, 4)
+        idle = [(await one.ask(num_prompt, 8)).first_s for _ in range(10)]
+        async with load(crowd, 200, 64, 256):
+            await asyncio.sleep(6)
+            busy = [(await one.ask(num_prompt, 8)).first_s for _ in range(10)]
+    for label, times in (("idle", idle), ("200 of another key", busy)):
+        report.add(
+            what=f"first token, {num_prompt} prompt tokens, {label}",
+            requests=len(times),
+            first_ms_p50=statistics.median(times) * 1e3,
+            first_ms_max=max(times) * 1e3,
+            ratio=statistics.median(times) / statistics.median(idle),
+        )
+
+
+async def split(report: Report, url: str, seconds: float) -> None:
+    """Two keys of weights 1 and 3 that always have more work than there are seats."""
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        light, heavy = Client(session, url, "crowd"), Client(session, url, "heavy")
+        async with load(light, 48, 32, 64), load(heavy, 48, 32, 64):
+            await asyncio.sleep(seconds / 4)
+            before = light.tokens, heavy.tokens
+            await asyncio.sleep(seconds)
+            served = light.tokens - before[0], heavy.tokens - before[1]
+    for label, count, due in (("weight 1", served[0], 0.25), ("weight 3", served[1], 0.75)):
+        share = count / max(1, sum(served))
+        report.add(what=f"tokens served, {label}", tokens=count, share=share, ratio=share / due)
+
+
+async def overload(report: Report, running: Server, seconds: float) -> None:
+    """Measure the capacity in a closed loop, then let twice as much arrive."""
+    connector = aiohttp.TCPConnector(limit=0)
+    process = psutil.Process(running.pid)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        client = Client(session, running.url, "crowd")
+        async with load(client, 64, 32, 64):
+            await asyncio.sleep(4)
+            before = client.tokens
+            await asyncio.sleep(8)
+            capacity = (client.tokens - before) / 8
+        rate = 2 * capacity / 64
+        outcomes: list[Outcome] = []
+        memory: list[int] = []
+
+        async def one() -> None:
+            outcomes.append(await client.ask(32, 64))
+
+        tasks: list[asyncio.Task[None]] = []
+        started, counted = time.perf_counter(), client.tokens
+        rng = random.Random(1)
+        due_s = started
+        while (now := time.perf_counter()) < started + seconds:
+            if now >= due_s:
+                due_s += rng.expovariate(rate)
+                tasks.append(asyncio.create_task(one()))
+            if len(memory) < (now - started) * 2:
+                family = [process, *process.children(recursive=True)]
+                memory.append(sum(member.memory_info().rss for member in family))
+            await asyncio.sleep(max(0.0, min(due_s - time.perf_counter(), 0.5)))
+        goodput = (client.tokens - counted) / (time.perf_counter() - started)
+        await asyncio.gather(*tasks)
+    good = [outcome for outcome in outcomes if outcome.status == 200]
+    refused = [outcome for outcome in outcomes if outcome.status != 200]
+    right = [one for one in refused if one.status == 429 and int(one.retry_after or 0) >= 1]
+    third = len(memory) // 3
+    report.add(
+        what="overload, twice the capacity",
+        requests=len(outcomes),
+        tokens=f"{goodput:.0f}/s of {capacity:.0f}/s",
+        ratio=goodput / capacity,
+        first_ms_p50=statistics.median(one.first_s for one in good) * 1e3,
+        first_ms_max=percentile([one.first_s for one in good], 99) * 1e3,
+        refused=len(refused),
+        refused_right=len(right),
+        memory_growth_mib=(max(memory[-third:]) - max(memory[third:-third])) / 2**20,
+    )
+
+
+def main() -> None:
+    """Measure what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=["single", "split", "overload"])
+    parser.add_argument("--seconds", type=float, default=30.0)
+    args = parser.parse_args()
+    columns = "what requests tokens share ratio first_ms_p50 first_ms_max refused refused_right"
+    report = Report("fairness", [*columns.split(), "memory_growth_mib"])
+    wanted = [args.only] if args.only else ["single", "split", "overload"]
+    if "single" in wanted:
+        with server() as running:
+            for num_prompt in (64, 1000):
+                asyncio.run(single(report, running.url, num_prompt))
+    if "split" in wanted:
+        with server("--max-num-seqs=32") as running:
+            asyncio.run(split(report, running.url, args.seconds / 2))
+    if "overload" in wanted:
+        with server("--max-num-seqs=64", "--max-queue-wait=5") as running:
+            asyncio.run(overload(report, running, args.seconds))
+    report.show()
+
+
+if __name__ == "__main__":
+    main()
