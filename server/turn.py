@@ -178,7 +178,8 @@ class Turn:
         self._task = asyncio.create_task(self._run(), name=f"turn-{self.id}")
         if (deadline_s := self.request.sampling.deadline_s) is not None:
             left_s = self._arrived_s + deadline_s - time.monotonic()
-            asyncio.get_running_loop().call_later(max(0.0, left_s), self._expire)
+            timer = asyncio.get_running_loop().call_later(max(0.0, left_s), self._expire)
+            self._task.add_done_callback(lambda _: timer.cancel())
 
     def _expire(self) -> None:
         if self._is_waiting:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterable
-from socket import socket
+from socket import SO_SNDBUF, SOL_SOCKET, socket
 
 from aiohttp import web
 
@@ -130,6 +130,9 @@ class _Guarded(asyncio.Protocol):
         self._counted = True
         self._connections.add(self._handler, self, self._address)
         transport.set_write_buffer_limits(high=self._limits.max_unsent_bytes)
+        if (sock := transport.get_extra_info("socket")) is not None:
+            # Otherwise the kernel lets each stalled reader have megabytes.
+            sock.setsockopt(SOL_SOCKET, SO_SNDBUF, self._limits.max_unsent_bytes)
         self._head_timer = self._cut_after(self._limits.head_timeout_s, "slow_head")
         self._handler.connection_made(transport)
 

@@ -67,8 +67,11 @@ def server(*options: str) -> Iterator[Server]:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         url = f"http://127.0.0.1:{port}"
         try:
-            for _ in range(600):
-                with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/ready"):
+            for _ in range(1200):
+                with (
+                    contextlib.suppress(OSError),
+                    urllib.request.urlopen(f"{url}/ready", timeout=5),
+                ):
                     break
                 if process.poll() is not None:
                     raise RuntimeError(f"the server ended with {process.returncode}")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from engine import ConfigError
+from server.__main__ import app
 from server.errors import ApiError
 from server.guard.keys import KeyFileError, KeyRing, hash_of, make_key
 from server.guard.policy import KeyPolicy
@@ -173,6 +176,17 @@ def test_plain_files_may_hold_hashes(tmp_path: Path) -> None:
 def test_malformed_long_files_are_refused(tmp_path: Path, text: str, word: str) -> None:
     with pytest.raises(KeyFileError, match=word):
         KeyRing.load(key_file(tmp_path, text))
+
+
+def test_the_command_makes_a_key_whose_entry_lets_it_in(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["key", 'my "site"'])
+    assert result.exit_code == 0
+    (key,) = re.findall(r"^ +(mr-\S+)$", result.output, re.MULTILINE)
+    entry = result.output[result.output.index("[[key]]") :]
+    assert key not in entry
+    ring = KeyRing.load(key_file(tmp_path, entry + "    weight = 2\n"))
+    policy = ring.policy(ring.owner(f"Bearer {key}"))
+    assert (policy.name, policy.weight) == ("my site", 2.0)
 
 
 def test_made_keys_are_new_and_fit_a_header() -> None:
