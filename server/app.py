@@ -67,7 +67,6 @@ log = logging.getLogger("millrace.server")
 access_log = logging.getLogger("millrace.access")
 
 _MAX_LOGGED_PATH = 120
-_PACE: web.AppKey[Pace] = web.AppKey("pace", Pace)
 
 
 def build_app(
@@ -133,14 +132,12 @@ def _assemble(
         ),
         metrics,
     )
-    pace = Pace()
-    app[_PACE] = pace
     app[GATE] = Gate(
         keys,
         Limits(store, Ledger(store, settings.prices)),
         WaitingTurns(
             lambda: engine.stats,
-            pace,
+            Pace(),
             max_waiting=settings.max_queue,
             max_wait_s=settings.max_queue_wait_s,
         ),
@@ -162,7 +159,7 @@ def _assemble(
 async def _run(app: web.Application) -> AsyncIterator[None]:
     """Run what belongs to the application from its start to its cleanup."""
     loop_watch = LoopWatch(app[METRICS])
-    engine_watch = EngineWatch(app[METRICS], lambda: app[ENGINE].stats, pace=app[_PACE])
+    engine_watch = EngineWatch(app[METRICS], lambda: app[ENGINE].stats)
     await app[JOURNALS].start()
     loop_watch.start()
     engine_watch.start()

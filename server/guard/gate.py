@@ -162,6 +162,7 @@ class Gate:
         while True:
             await asyncio.sleep(TELL_S)
             now_s = time.monotonic()
+            self._waiting.measure()
             self._tell(tell, now_s)
             if now_s - renewed_s >= _RENEW_S:
                 renewed_s = now_s

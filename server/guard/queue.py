@@ -63,6 +63,10 @@ class WaitingTurns:
     def __len__(self) -> int:
         return len(self._turns)
 
+    def measure(self) -> None:
+        """Read how far the engine has come; to be called every second or so."""
+        self._pace.update(self._stats())
+
     def items(self) -> list[tuple[str, WaitingTurn]]:
         """Return the waiting turns by id, in order of arrival."""
         return list(self._turns.items())

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from engine import EngineStats
 from server.metering.metrics import Metrics
-from server.metering.pace import Pace
 
 __all__ = ["EngineWatch"]
 
@@ -20,15 +19,9 @@ class EngineWatch:
     """
 
     def __init__(
-        self,
-        metrics: Metrics,
-        stats: Callable[[], EngineStats],
-        interval_s: float = 0.5,
-        *,
-        pace: Pace | None = None,
+        self, metrics: Metrics, stats: Callable[[], EngineStats], interval_s: float = 0.5
     ) -> None:
         self._metrics = metrics
-        self._pace = pace or Pace()
         self._stats = stats
         self._interval_s = interval_s
         self._timer: asyncio.TimerHandle | None = None
@@ -44,7 +37,5 @@ class EngineWatch:
             self._timer = None
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        stats = self._stats()
-        self._metrics.engine_stats(stats)
-        self._pace.update(stats)
+        self._metrics.engine_stats(self._stats())
         self._timer = loop.call_later(self._interval_s, self._tick, loop)
