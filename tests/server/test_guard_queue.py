@@ -53,7 +53,8 @@ def test_a_long_wait_is_refused_until_it_is_short_enough() -> None:
         turns.check(turn())
         turns.enter(str(index), turn())  # 200 tokens each, 2 s
     # 4 * 2 s, and the request's own prompt, 1 s.
-    assert turns.place("3") == (4, pytest.approx(3 * 2 + 1))
+    assert turns.place("3").place == 4
+    assert turns.place("3").wait_s == pytest.approx(3 * 2 + 1)
     turns.enter("4", turn())
     error = refusal(turns, turn())
     assert (error.code, error.retry_after_s) == ("queue_too_slow", 1)
@@ -88,7 +89,8 @@ def test_ones_queue_is_not_the_others() -> None:
     turns.check(turn("b"))
     turns.enter("b", turn("b"))
     # Half of the engine is b's: its own prompt at half the pace.
-    assert turns.place("b") == (1, pytest.approx(2.0))
+    assert turns.place("b").place == 1
+    assert turns.place("b").wait_s == pytest.approx(2.0)
 
 
 def test_shares_follow_weights() -> None:
