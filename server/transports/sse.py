@@ -27,7 +27,9 @@ HEADERS = {
     # nginx would collect the stream into buffers.
     "X-Accel-Buffering": "no",
 }
-KEEPALIVE = b": keep-alive\n\n"
+# No empty line after a comment: one that follows an ``id`` makes the openai SDK dispatch an event
+# without data, which it then fails to parse.
+KEEPALIVE = b": keep-alive\n"
 
 
 class Frame(NamedTuple):
@@ -62,7 +64,7 @@ def event_frames(batch: list[Entry]) -> bytes:
 def queue_comments(batch: list[Entry]) -> bytes:
     """Return a waiting turn's places as comments, for dialects that have no event for them."""
     return b"".join(
-        b": queued %b\n\n" % data for event, data in batch if isinstance(event, ResponseQueued)
+        b": queued %b\n" % data for event, data in batch if isinstance(event, ResponseQueued)
     )
 
 

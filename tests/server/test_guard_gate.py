@@ -13,9 +13,9 @@ import pytest
 import server.guard.gate as gate_module
 from engine import EngineStats
 from server.guard.keys import hash_of
-from server.state import GATE, METRICS, STORE
+from server.state import GATE, METRICS, STORE, TURNS
 from tests.server.scripted import Script, ScriptedEngine, say
-from tests.server.serving import serving
+from tests.server.serving import read_events, serving
 
 ONE, TWO = {"Authorization": "Bearer one"}, {"Authorization": "Bearer two"}
 CHAT = "/v1/chat/completions"
@@ -159,9 +159,9 @@ async def test_who_waits_is_told_its_place() -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_the_sdk_passes_over_places() -> None:
+async def test_the_sdk_passes_over_places_and_comments() -> None:
     hold = asyncio.Event()
-    async with serving(waiting_engine(hold)) as served:
+    async with serving(waiting_engine(hold), keepalive_s=0.005) as served:
         client = openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none")
         async with client:
             kinds = []
@@ -213,10 +213,18 @@ async def test_a_turn_that_does_not_begin_in_time_ends_incomplete() -> None:
 async def test_a_turn_that_began_in_time_is_left_alone() -> None:
     hold = asyncio.Event()
     async with serving(ScriptedEngine(say("abc", hold=hold))) as served:
-        body = {"model": "scripted", "input": "hi", "deadline_s": 0.05}
-        asyncio.get_running_loop().call_later(0.2, hold.set)
-        _, response = await served.post("/v1/responses", body)
-        assert response["status"] == "completed"
+        body = {"model": "scripted", "input": "hi", "deadline_s": 60, "stream": True}
+        last = None
+        async with served.client.post("/v1/responses", json=body) as answer:
+            async for kind, _, event in read_events(answer):
+                if kind == "response.created":
+                    turn = served.app[TURNS].get(event["response"]["id"])
+                if kind == "response.output_text.delta":
+                    assert turn is not None
+                    turn._expire()
+                    hold.set()
+                last = kind
+        assert last == "response.completed"
 
 
 async def test_the_queue_is_bounded() -> None:

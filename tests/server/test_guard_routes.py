@@ -75,7 +75,7 @@ def filled(path: str, ids: dict[str, str]) -> str:
 
 
 async def ask(served: Served, method: str, url: str, headers: dict[str, str]) -> tuple[int, Any]:
-    json = {} if method in ("POST", "PATCH", "PUT") else None
+    json: dict[str, Any] | None = {} if method in ("POST", "PATCH", "PUT") else None
     async with served.client.request(method, url, headers=headers, json=json) as answer:
         return answer.status, await answer.text()
 
