@@ -88,8 +88,8 @@ class Core:
         for message in self._link.receive(timeout_s):
             match message:
                 case Submit(request):
-                    if refusal := self._add(request):
-                        deltas.append(refusal)
+                    if last := self._add(request):
+                        deltas.append(last)
                 case Abort(request_id):
                     if last := self._scheduler.abort(request_id):
                         deltas.append(last)
@@ -98,22 +98,23 @@ class Core:
         return deltas
 
     def _add(self, request: Request) -> Delta | None:
+        """Take a request; returns its last delta if it is refused or has nothing left to do."""
         try:
-            if max(request.prompt_ids, default=0) >= self._vocab_size:
+            highest = max(max(request.prompt_ids, default=0), max(request.output_ids, default=0))
+            if highest >= self._vocab_size:
                 raise RequestError(
-                    f"token id {max(request.prompt_ids)} is not one of the model's "
-                    f"{self._vocab_size}: do tokenizer and model belong together?"
+                    f"token id {highest} is not one of the model's {self._vocab_size}: "
+                    "do tokenizer and model belong together?"
                 )
-            self._scheduler.add(request)
+            return self._scheduler.add(request)
         except RequestError as error:
             return Delta(
                 request_id=request.request_id,
                 token_ids=[],
                 finish_reason=FinishReason.ERROR,
-                usage=Usage(len(request.prompt_ids), 0, 0, 0),
+                usage=Usage(len(request.prompt_ids), 0, len(request.output_ids), 0),
                 error=str(error),
             )
-        return None
 
     def _count_step(self, duration_s: float) -> None:
         self._steps += 1

@@ -72,6 +72,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_ids: list[int]
     """At least one token id of the model's vocabulary."""
     sampling: SamplingParams
+    output_ids: list[int] = []
+    """Tokens of the answer that are known already, from an engine that died for instance: this one
+    goes on after them as if it had generated them itself. They count as completion tokens and
+    towards ``max_tokens`` and penalties; deltas bring neither them nor their log-probabilities, and
+    no ``prompt_logprobs``, which came with the first of them."""
     priority: int = 0
     """Lower goes first; equal priorities go in order of arrival."""
     cache_salt: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from engine.cache import CacheManager, FullAttentionGroup
@@ -18,7 +19,7 @@ from engine.link import (
     ToEngine,
 )
 from engine.scheduler import Plan, Scheduler, StepOutput
-from engine.types import Delta, FinishReason, Request, SamplingParams
+from engine.types import Delta, FinishReason, Request, SamplingParams, Usage
 
 
 class ScriptedLink:
@@ -116,6 +117,22 @@ def test_a_token_the_model_does_not_have_is_refused_before_it_reaches_a_kernel()
     (refused,) = link.deltas("odd")
     assert refused.error is not None
     assert "token id 100 is not one of the model's 100" in refused.error
+
+
+def test_known_output_is_continued_or_found_complete() -> None:
+    request = submit("a", [10], 4).request
+    known = [msgspec.structs.replace(request, output_ids=[11] * 2)]
+    known.append(msgspec.structs.replace(request, request_id="b", output_ids=[11, 12, 13, 14]))
+    known.append(msgspec.structs.replace(request, request_id="c", output_ids=[100]))
+    link = ScriptedLink([Submit(one) for one in known], [], [], [])
+    run(link)
+    assert [delta.token_ids for delta in link.deltas("a")] == [[12], [13]]
+    (complete,) = link.deltas("b")
+    assert (complete.token_ids, complete.finish_reason) == ([], FinishReason.LENGTH)
+    assert complete.usage == Usage(1, 0, 4, 0)
+    (refused,) = link.deltas("c")
+    assert refused.error is not None
+    assert "token id 100" in refused.error
 
 
 def test_an_abort_is_answered_in_the_same_round() -> None:
