@@ -10,7 +10,7 @@ from engine.link import HEARTBEAT_S, Abort, FromEngine, Step, Submit, ToEngine
 from engine.scheduler import Plan, Scheduler, StepOutput
 from engine.types import Delta, EngineStats, FinishReason, Request, Usage
 
-__all__ = ["Channel", "Core", "Forward"]
+__all__ = ["Channel", "Core", "Forward", "StepFailed"]
 
 
 class Channel(Protocol):
@@ -31,6 +31,15 @@ class Forward(Protocol):
     def step(self, plan: Plan) -> StepOutput:
         """Compute the plan's rows and draw a token for those that sample."""
         ...
+
+
+class StepFailed(Exception):
+    """A step could not be computed; the reason is the cause of this error."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(
+            f"a step of {len(plan.rows)} requests with {plan.num_tokens} new tokens failed"
+        )
 
 
 class Core:
@@ -65,12 +74,21 @@ class Core:
         started = time.perf_counter()
         plan = self._scheduler.plan()
         if plan.rows:
-            output = self._runner.step(plan)
+            output = self._compute(plan)
             deltas += self._scheduler.commit(plan, output)
             self._count_step(time.perf_counter() - started)
         elif self._check_integrity and not self._scheduler.has_work:
             self._scheduler.check_integrity()
         self._link.send(Step(deltas, self.stats()))
+
+    def _compute(self, plan: Plan) -> StepOutput:
+        try:
+            return self._runner.step(plan)
+        except Exception as error:
+            # Which of its requests is to blame is not known here, nor what the failed step left
+            # behind, least of all without memory. A new process has both clean, and whoever hands
+            # the requests on to it finds out which one kills engines.
+            raise StepFailed(plan) from error
 
     def stats(self) -> EngineStats:
         """Return the engine's figures as they stand."""
