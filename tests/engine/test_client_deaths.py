@@ -34,7 +34,7 @@ WAYS = ("kill", "lose", "half", "stop", "spin", "sleep", "garble")
 @pytest.fixture(autouse=True, scope="module")
 def impatience() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watchdog, "HANG_S", 0.8)
+        patch.setattr(watchdog, "HANG_S", 1.2)
         patch.setattr(client_module, "RESTART_DELAY_S", 0.01)
         patch.setattr(client_module, "SPARE_DELAY_S", 0.0)
         yield
@@ -83,7 +83,7 @@ async def client(tmp_path: Path) -> AsyncIterator[EngineClient]:
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_no_way_to_die_is_seen_by_a_reader(tmp_path: Path, way: str) -> None:
-    client = await start(tmp_path, f"{way} 22", f"{way} 27", f"{way} 30")
+    client = await start(tmp_path, f"{way} 22", f"{way} 27")
     streams = [client.generate(request(f"r{i}", [100 * i + 1], 40)) for i in range(5)]
     answers = await asyncio.gather(*map(deltas, streams))
     for index, answer in enumerate(answers):
@@ -93,10 +93,12 @@ async def test_no_way_to_die_is_seen_by_a_reader(tmp_path: Path, way: str) -> No
         assert answer[-1].usage is not None
         assert answer[-1].usage.completion_tokens == 40
     recoveries = client.recoveries
-    assert (recoveries.restarts, recoveries.recovered, recoveries.replayed) == (3, 3, 15)
-    assert recoveries.hangs == (3 if way in ("stop", "spin", "sleep") else 0)
+    assert (recoveries.restarts, recoveries.recovered, recoveries.replayed) == (2, 2, 10)
+    assert recoveries.hangs == (2 if way in ("stop", "spin", "sleep") else 0)
     assert recoveries.given_up == 0
     assert recoveries.recovery_s > 0
+    if way in ("kill", "stop"):  # whose last figures arrive
+        assert client.stats.generation_tokens == 200
     await client.close()
 
 
@@ -136,7 +138,7 @@ def test_random_deaths_leave_every_answer_as_it_is(
 async def test_many_kills_are_no_reason_to_give_up(client: EngineClient) -> None:
     stream = client.generate(request("long", [0], 10**9))
     seen = 0
-    for _ in range(8):
+    for _ in range(5):
         killed = hurt(client, signal.SIGKILL)
         new_life = False
         while not new_life:
@@ -144,7 +146,7 @@ async def test_many_kills_are_no_reason_to_give_up(client: EngineClient) -> None
             delta = await anext(stream)
             assert delta.token_ids == list(range(seen + 1, seen + 1 + len(delta.token_ids)))
             seen += len(delta.token_ids)
-    assert client.recoveries.restarts == 8
+    assert client.recoveries.restarts == 5
     await stream.aclose()
 
 
