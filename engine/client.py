@@ -35,6 +35,7 @@ from engine.link import (
     Working,
 )
 from engine.process import EngineProcess
+from engine.starvation import Starvation
 from engine.streams import RequestStream
 from engine.types import EngineStats, ModelInfo, Recoveries, Request
 from engine.watchdog import TICK_S, Watchdog
@@ -314,12 +315,14 @@ class EngineClient:
 
     async def _watch(self, process: EngineProcess) -> None:
         """Kill the process when it hangs; its end is then noticed as any other."""
+        starvation = Starvation(process.pid)
         then_s = time.monotonic()
         hung = False
         while not hung:
             await asyncio.sleep(TICK_S)
             now_s = time.monotonic()
-            hung = self._watchdog.tick(now_s - then_s)
+            elapsed_s = now_s - then_s
+            hung = self._watchdog.tick(elapsed_s, starvation.since_last_call(elapsed_s))
             then_s = now_s
         log.error(
             "engine process %d made no progress for %.1f s; killing it",

@@ -56,9 +56,12 @@ class Watchdog:
         self._silent_s = 0.0
         self._limit_s = max(HANG_S, allow_s)
 
-    def tick(self, elapsed_s: float) -> bool:
-        """Count the time since the last tick; True: the engine is hung."""
-        self._silent_s += min(elapsed_s, 2 * TICK_S)
+    def tick(self, elapsed_s: float, starved_s: float = 0.0) -> bool:
+        """Count the time since the last tick; True: the engine is hung.
+
+        ``starved_s`` of the silence the engine would have run, had it been given a core.
+        """
+        self._silent_s = max(0.0, self._silent_s + min(elapsed_s, 2 * TICK_S) - starved_s)
         return self._silent_s >= self._limit_s
 
     @property

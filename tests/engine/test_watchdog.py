@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +17,7 @@ from engine.config import Device, EngineConfig
 from engine.pulse import Pulse
 from engine.runner import Runner
 from engine.scheduler import Scheduler
+from engine.starvation import Starvation
 from engine.types import Request, SamplingParams
 from engine.watchdog import HANG_S, TICK_S, Watchdog
 from tests.engine.checkpoints import Shape, make
@@ -159,3 +165,36 @@ def test_a_runner_speaks_after_every_layer_and_before_every_slice_of_logits(
     runner.step(scheduler.plan())
     # Three layers, the sampled row, and eight rows of the prompt by two.
     assert beats == [9] + [0] * (3 + 1 + 4)
+
+
+def test_a_starved_engine_is_not_hung() -> None:
+    watchdog = serving()
+    for _ in range(1000):
+        assert not watchdog.tick(TICK_S, starved_s=0.095)
+        watchdog.tick(TICK_S, starved_s=0.3)  # a long wait is entered when it is over
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux's schedstat")
+def test_waiting_for_a_core_is_told_from_waiting_for_nothing() -> None:
+    core = min(os.sched_getaffinity(0))
+    spin = f"import os\nos.sched_setaffinity(0, [{core}])\nwhile True: pass"
+    rivals = [subprocess.Popen([sys.executable, "-S", "-c", spin]) for _ in range(4)]
+    sleeper = subprocess.Popen(["sleep", "60"])
+    try:
+        starving, asleep = Starvation(rivals[0].pid), Starvation(sleeper.pid)
+        starved_s = 0.0
+        while starved_s < 1.0:  # three quarters of the time, once they all spin
+            time.sleep(0.05)
+            starved_s += starving.since_last_call(0.05)
+        asleep.since_last_call(0.0)
+        rivals[0].send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, rivals[0].pid, os.WSTOPPED)
+        starving.since_last_call(0.0)
+        time.sleep(0.1)
+        assert starving.since_last_call(0.1) == 0.0
+        assert asleep.since_last_call(0.1) < 0.1
+    finally:
+        for process in [*rivals, sleeper]:
+            process.kill()
+            process.wait()
+    assert starving.since_last_call(0.1) == 0.0
