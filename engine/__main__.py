@@ -76,22 +76,13 @@ def _serve(link: Link) -> int:
         loop.run()
     except core.StepFailed as error:
         cause = error.__cause__
-        trace = None if _is_lack_of_memory(cause) else cause
-        log.critical("%s: %s; ending, for another to go on", error, _name(cause), exc_info=trace)
+        if core.is_lack_of_memory(cause):
+            log.critical("%s: out of memory; ending, for another to go on", error)
+        else:
+            log.critical("%s; ending, for another to go on", error, exc_info=cause)
         link.drain(1.0)
         return _STEP_FAILED
     return 0
-
-
-def _is_lack_of_memory(error: BaseException | None) -> bool:
-    # torch has a type for a GPU's memory, but none for the CPU's.
-    names = [kind.__name__ for kind in type(error).__mro__]
-    typed = "MemoryError" in names or "OutOfMemoryError" in names
-    return typed or "can't allocate memory" in str(error)
-
-
-def _name(error: BaseException | None) -> str:
-    return "out of memory" if _is_lack_of_memory(error) else type(error).__name__
 
 
 def _load(link: Link, configure: Configure) -> tuple[Core, ModelInfo]:

@@ -242,7 +242,8 @@ class EngineClient:
             await self._end_spare()
             if self._state is not EngineState.CLOSED:
                 self._move(EngineState.CLOSED)
-            self._in_flight.fail_all(EngineDied("the engine died and cannot be started again"))
+            lost = EngineDied("the engine died and cannot be started again")
+            self._count(given_up=self._in_flight.fail_all(lost))
 
     async def _run_processes(self) -> None:
         failed_starts = 0

@@ -10,7 +10,7 @@ from engine.link import HEARTBEAT_S, Abort, FromEngine, Step, Submit, ToEngine
 from engine.scheduler import Plan, Scheduler, StepOutput
 from engine.types import Delta, EngineStats, FinishReason, Request, Usage
 
-__all__ = ["Channel", "Core", "Forward", "StepFailed"]
+__all__ = ["Channel", "Core", "Forward", "StepFailed", "is_lack_of_memory"]
 
 
 class Channel(Protocol):
@@ -40,6 +40,14 @@ class StepFailed(Exception):
         super().__init__(
             f"a step of {len(plan.rows)} requests with {plan.num_tokens} new tokens failed"
         )
+
+
+def is_lack_of_memory(error: BaseException | None) -> bool:
+    """Whether this says that there was not enough memory, of the system's or of a device's."""
+    # torch has a type for a GPU's memory, but none for the CPU's.
+    names = [kind.__name__ for kind in type(error).__mro__]
+    typed = "MemoryError" in names or "OutOfMemoryError" in names
+    return typed or "can't allocate memory" in str(error)
 
 
 class Core:
