@@ -17,7 +17,6 @@ from server.errors import ApiError
 from server.guard.keys import KeyRing
 from server.guard.origins import Origins
 from server.journals import Journals
-from server.metering.enginewatch import EngineWatch
 from server.metering.loopwatch import LoopWatch
 from server.metering.metrics import Metrics
 from server.routes import (
@@ -130,16 +129,13 @@ def _assemble(
 async def _run(app: web.Application) -> AsyncIterator[None]:
     """Run what belongs to the application from its start to its cleanup."""
     loop_watch = LoopWatch(app[METRICS])
-    engine_watch = EngineWatch(app[METRICS], lambda: app[ENGINE].stats)
     await app[JOURNALS].start()
     loop_watch.start()
-    engine_watch.start()
     yield
     await app[TURNS].drain(0.0)
     app[TURNS].close()
     await app[JOURNALS].close()
     loop_watch.stop()
-    engine_watch.stop()
 
 
 async def _close_sockets(app: web.Application) -> None:

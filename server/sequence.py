@@ -11,6 +11,7 @@ from engine import (
     EngineState,
     EngineStats,
     ModelInfo,
+    Recoveries,
     Request,
     RequestStream,
     Tokenizer,
@@ -38,6 +39,10 @@ class Engine(Protocol):
     @property
     def stats(self) -> EngineStats:
         """The engine's latest figures."""
+
+    @property
+    def recoveries(self) -> Recoveries:
+        """What became of engines that died."""
 
     @property
     def last_progress_s(self) -> float:

@@ -49,6 +49,7 @@ async def metrics(http: web.Request) -> web.Response:
     """Return the metrics in Prometheus' text format."""
     app = http.app
     app[METRICS].engine_stats(app[ENGINE].stats)
+    app[METRICS].engine_recoveries(app[ENGINE].recoveries)
     return web.Response(body=app[METRICS].render(), headers={"Content-Type": _METRICS_TYPE})
 
 

@@ -23,6 +23,7 @@ from engine import (
     EngineStats,
     FinishReason,
     ModelInfo,
+    Recoveries,
     Request,
     RequestError,
     RequestStream,
@@ -160,7 +161,7 @@ class ScriptedEngine:
         )
         self.state = EngineState.READY
         self.stats = EngineStats(num_blocks=1024, free_blocks=1024)
-        self.restarts = 0
+        self.recoveries = Recoveries()
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.running: dict[str, RequestStream] = {}
