@@ -62,6 +62,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="most turns of a source in which it does not")  # fmt: skip
     parser.add_argument("--sums", type=int, default=100, metavar="N",
                         help="questions of each of the two forms")  # fmt: skip
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N",
+                        help="most tokens of an answer")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--threads", type=int, help="compute threads (default: all cores)")
     return parser.parse_args(argv)
@@ -160,7 +162,7 @@ def _transcripts(console: Console, generator: Generator) -> list[Transcript]:
 def _evaluate(console: Console, args: argparse.Namespace) -> Report:
     recipe = load_recipe(args.recipe)
     records = _held_out(recipe, args.data)
-    generator = Generator(args.model, num_threads=args.threads)
+    generator = Generator(args.model, max_tokens=args.max_tokens, num_threads=args.threads)
     try:
         index = _find_leaks(console, recipe, args.data, records)
         clean = [record for record in records if not index.knows(record)]

@@ -15,10 +15,8 @@ from engine.train.dialogue import Record
 from engine.train.evaluation.replies import Reply, parse_reply
 from engine.types import FinishReason, Request, SamplingParams
 
-__all__ = ["MAX_TOKENS", "Generator"]
+__all__ = ["Generator"]
 
-MAX_TOKENS = 256
-"""Most tokens of one answer."""
 _MAX_NUM_SEQS = 64
 
 
@@ -33,6 +31,7 @@ class Generator:
 
     Args:
         model: checkpoint directory.
+        max_tokens: most tokens of an answer; one that reaches it is cut off.
         num_threads: compute threads on a CPU; None: all cores this process may use.
         device: where the model runs.
 
@@ -41,7 +40,12 @@ class Generator:
     """
 
     def __init__(
-        self, model: Path, *, num_threads: int | None = None, device: Device = Device.AUTO
+        self,
+        model: Path,
+        *,
+        max_tokens: int = 256,
+        num_threads: int | None = None,
+        device: Device = Device.AUTO,
     ) -> None:
         config = EngineConfig(
             model=str(model), device=device, num_threads=num_threads, max_num_seqs=_MAX_NUM_SEQS
@@ -62,6 +66,7 @@ class Generator:
             eos_token_ids=info.eos_token_ids,
             chunk_tokens=config.chunk_tokens,
         )
+        self._max_tokens = max_tokens
         self._context = info.max_model_len
         self._num_parameters = info.num_parameters
         self._tokenizer = Tokenizer.load(model)
@@ -84,14 +89,12 @@ class Generator:
         self,
         dialogues: Iterable[tuple[Sequence[Record], Sequence[Record]]],
         *,
-        max_tokens: int = MAX_TOKENS,
         on_done: Callable[[], None] = lambda: None,
     ) -> list[Reply | None]:
         """The next assistant turn of each dialogue, drawn greedily.
 
         Args:
             dialogues: messages so far and tools, as training records have them.
-            max_tokens: most tokens of a turn; one that reaches it is cut off.
             on_done: called once for each dialogue when its turn is there.
 
         Returns:
@@ -101,11 +104,11 @@ class Generator:
         answers: list[_Answer | None] = []
         for messages, tools in dialogues:
             prompt = self._prompt(messages, tools)
-            if len(prompt) + max_tokens > self._context:
+            if len(prompt) + self._max_tokens > self._context:
                 answers.append(None)
                 on_done()
                 continue
-            sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+            sampling = SamplingParams(max_tokens=self._max_tokens, temperature=0.0)
             self._scheduler.add(
                 Request(request_id=str(len(answers)), prompt_ids=prompt, sampling=sampling)
             )
