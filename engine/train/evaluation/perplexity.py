@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -103,9 +104,10 @@ def held_out_losses(
         while packer.state[source]["epoch"] == 0 and rows < max_rows:
             batch = packer.batch(1)
             rows += 1
-            segments = Segments.of(batch.document_ids, model.device)
+            used = np.count_nonzero(batch.document_ids)  # padding would cost as much as text
+            segments = Segments.of(batch.document_ids[:, :used], model.device)
             ids, targets, weights = (
-                torch.from_numpy(part[0]).to(model.device)
+                torch.from_numpy(part[0, :used]).to(model.device)
                 for part in (batch.token_ids, batch.targets, batch.weights)
             )
             chosen = weights > 0
