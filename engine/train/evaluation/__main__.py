@@ -125,6 +125,7 @@ def _losses(
                 sorted(sizes),
                 sequence_len=recipe.train.sequence_len,
                 pad_id=encoder.id_of("<|endoftext|>"),
+                skip_padding=True,
                 on_done=step,
             )
 

@@ -76,6 +76,7 @@ def held_out_losses(
     sequence_len: int,
     pad_id: int,
     max_rows: int = 16,
+    skip_padding: bool = False,
     on_done: Callable[[], None] = lambda: None,
 ) -> dict[str, HeldOut]:
     """Held-out loss of each source, over about `max_rows` rows of tokens and at most one epoch.
@@ -87,6 +88,8 @@ def held_out_losses(
         sequence_len: tokens of a row.
         pad_id: fills rows.
         max_rows: bounds the time a large source takes.
+        skip_padding: do not compute what fills the last row, which saves much for small sources; a
+            compiled model would be compiled anew for each length.
         on_done: called after each source.
     """
     results = {}
@@ -104,7 +107,7 @@ def held_out_losses(
         while packer.state[source]["epoch"] == 0 and rows < max_rows:
             batch = packer.batch(1)
             rows += 1
-            used = np.count_nonzero(batch.document_ids)  # padding would cost as much as text
+            used = np.count_nonzero(batch.document_ids) if skip_padding else sequence_len
             segments = Segments.of(batch.document_ids[:, :used], model.device)
             ids, targets, weights = (
                 torch.from_numpy(part[0, :used]).to(model.device)

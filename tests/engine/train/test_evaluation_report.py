@@ -163,7 +163,10 @@ def test_command_refuses_a_card_without_marks_at_once(
     assert main(arguments) == 2  # no data
 
 
-def test_losses_are_those_of_transformers(model_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("skip_padding", [False, True])
+def test_losses_are_those_of_transformers(
+    model_dir: Path, tmp_path: Path, skip_padding: bool
+) -> None:
     encoder, template = Encoder(PEBBLE / "tokenizer.model"), ChatTemplate(TEMPLATE)
     write_documents(
         [weather("Bergen"), weather("Narvik")], tmp_path, sources=frozenset({"weather"}),
@@ -173,8 +176,9 @@ def test_losses_are_those_of_transformers(model_dir: Path, tmp_path: Path) -> No
     model = load_model(model_dir, torch.device("cpu"))
     model.compute_dtype = torch.float32
     (result,) = held_out_losses(
-        model, tmp_path, ["weather", "absent"], sequence_len=512, pad_id=1
-    ).values()
+        model, tmp_path, ["weather", "absent"], sequence_len=512, pad_id=1,
+        skip_padding=skip_padding,
+    ).values()  # fmt: skip
     oracle = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     oracle.requires_grad_(False)
     sums, count = torch.zeros(3), 0
