@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
 from engine.loader import WeightSource
 from engine.model_config import read_model_config
 from engine.train.attention import Segments
-from engine.train.data import DataError, Documents, Packer
+from engine.train.data import DataError, Documents
 from engine.train.model import ModelConfig, Qwen3, compute_dtype_of
 
 __all__ = ["HeldOut", "held_out_losses", "joined", "load_model"]
@@ -79,7 +82,7 @@ def held_out_losses(
     skip_padding: bool = False,
     on_done: Callable[[], None] = lambda: None,
 ) -> dict[str, HeldOut]:
-    """Held-out loss of each source, over about `max_rows` rows of tokens and at most one epoch.
+    """Held-out loss of each source, each document once, over at most `max_rows` rows of tokens.
 
     Args:
         model: in whatever state of training.
@@ -99,29 +102,65 @@ def held_out_losses(
         except DataError:
             on_done()
             continue
-        packer = Packer(
-            {source: documents}, {source: 1.0}, sequence_len=sequence_len, pad_id=pad_id, seed=0
-        )
         nats = torch.zeros(model.config.num_hidden_layers, dtype=torch.float64)
-        count, rows = 0, 0
-        while packer.state[source]["epoch"] == 0 and rows < max_rows:
-            batch = packer.batch(1)
-            rows += 1
-            used = np.count_nonzero(batch.document_ids) if skip_padding else sequence_len
-            segments = Segments.of(batch.document_ids[:, :used], model.device)
-            ids, targets, weights = (
-                torch.from_numpy(part[0, :used]).to(model.device)
-                for part in (batch.token_ids, batch.targets, batch.weights)
-            )
-            chosen = weights > 0
-            for index, hidden in enumerate(model.hidden_states(ids, segments)):
-                logits = model.logits(hidden[chosen])
-                nats[index] += F.cross_entropy(logits, targets[chosen], reduction="sum").item()
-            count += int(chosen.sum())
+        count = 0
+        for chosen in itertools.islice(_rows(documents, sequence_len), max_rows):
+            row = _packed(documents, chosen)
+            row = row if skip_padding else _padded(row, sequence_len + 1, pad_id)
+            segments = Segments.of(row.document_ids[None, :-1], model.device)
+            ids, weights = (torch.from_numpy(x).to(model.device) for x in (row.ids, row.weights))
+            counted = weights[1:] > 0
+            targets = ids[1:][counted]
+            for index, hidden in enumerate(model.hidden_states(ids[:-1], segments)):
+                logits = model.logits(hidden[counted])
+                nats[index] += F.cross_entropy(logits, targets, reduction="sum").item()
+            count += len(targets)
         if count:
             results[source] = HeldOut(count, tuple((nats / count).tolist()))
         on_done()
     return results
+
+
+def _rows(documents: Documents, sequence_len: int) -> Iterator[list[int]]:
+    """Each document once, in random but fixed order, as many to a row as fit."""
+    row: list[int] = []
+    used = 0
+    lengths = np.diff(documents.starts)
+    for index in np.random.default_rng(0).permutation(len(documents)).tolist():
+        if row and used + lengths[index] > sequence_len + 1:
+            yield row
+            row, used = [], 0
+        row.append(index)
+        used += lengths[index]
+    if row:
+        yield row
+
+
+class _Row(NamedTuple):
+    """Tokens, whether each counts as a target, and the document of each; all int64 [N]."""
+
+    ids: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.int64]
+    document_ids: npt.NDArray[np.int64]
+
+
+def _packed(documents: Documents, chosen: list[int]) -> _Row:
+    parts = [documents.document(index) for index in chosen]
+    weights = [own.astype(np.int64) for _, own in parts]
+    for own in weights:
+        own[0] = 0  # nothing of its own document precedes a first token
+    numbers = np.repeat(np.arange(len(parts)), [len(ids) for ids, _ in parts])
+    ids = np.concatenate([ids for ids, _ in parts]).astype(np.int64)
+    return _Row(ids, np.concatenate(weights), numbers)
+
+
+def _padded(row: _Row, length: int, pad_id: int) -> _Row:
+    more = (0, length - len(row.ids))
+    return _Row(
+        np.pad(row.ids, more, constant_values=pad_id),
+        np.pad(row.weights, more),
+        np.pad(row.document_ids, more, constant_values=-1),
+    )
 
 
 def joined(losses: Iterable[HeldOut]) -> HeldOut:

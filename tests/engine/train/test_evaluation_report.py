@@ -163,9 +163,10 @@ def test_command_refuses_a_card_without_marks_at_once(
     assert main(arguments) == 2  # no data
 
 
+@pytest.mark.parametrize("sequence_len", [300, 1000])  # a row for each document, or for both
 @pytest.mark.parametrize("skip_padding", [False, True])
 def test_losses_are_those_of_transformers(
-    model_dir: Path, tmp_path: Path, skip_padding: bool
+    model_dir: Path, tmp_path: Path, skip_padding: bool, sequence_len: int
 ) -> None:
     encoder, template = Encoder(PEBBLE / "tokenizer.model"), ChatTemplate(TEMPLATE)
     write_documents(
@@ -176,7 +177,7 @@ def test_losses_are_those_of_transformers(
     model = load_model(model_dir, torch.device("cpu"))
     model.compute_dtype = torch.float32
     (result,) = held_out_losses(
-        model, tmp_path, ["weather", "absent"], sequence_len=512, pad_id=1,
+        model, tmp_path, ["weather", "absent"], sequence_len=sequence_len, pad_id=1,
         skip_padding=skip_padding,
     ).values()  # fmt: skip
     oracle = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
