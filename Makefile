@@ -1,6 +1,6 @@
 # Everything a person needs is a target here; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check bench page pebble system-packages clean
+.PHONY: help setup serve test check bench page pebble evaluate system-packages clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -18,6 +18,7 @@ help:
 	@echo "make page     build the chat page (Node.js 20 or newer)"
 	@echo "make bench    the benchmark tables (quiet machine; BENCH=engine|serve for one)"
 	@echo "make pebble   train the bundled model anew (DATA=folder of packed text, MINUTES=90)"
+	@echo "make evaluate the tables of the model card (DATA=the same folder, MODEL, CARD=file to update)"
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Millrace needs Python 3.11 or newer; set PYTHON=...")'
@@ -80,6 +81,11 @@ MINUTES ?= 90
 pebble: $(DEV)
 	@test -n "$(DATA)" || { echo "Say where the training text lies: make pebble DATA=folder"; exit 2; }
 	$(BIN)/python -m engine.train --data $(DATA) --out build/pebble --export engine/assets/pebble --minutes $(MINUTES)
+
+evaluate: $(DEV)
+	@test -n "$(DATA)" || { echo "Say where the text lies: make evaluate DATA=folder"; exit 2; }
+	$(BIN)/python -m engine.train.evaluation --model $(or $(MODEL),engine/assets/pebble) --data $(DATA) \
+		--out build/evaluation/report.json $(if $(CARD),--card $(CARD))
 
 clean:
 	rm -rf $(VENV) build web/dist web/node_modules
