@@ -18,6 +18,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
+from server.background import asked_to_end, end
 from server.errors import ApiError
 from server.journals import Journals
 from server.store import Store, StoreError, reaching
@@ -77,8 +78,7 @@ class Control:
     async def close(self) -> None:
         """Stop looking. Idempotent."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
             self._task = None
 
     async def cancel(self, turn_id: str) -> None:
@@ -160,7 +160,7 @@ class Control:
 
     async def _say_watched(self, turn_id: str) -> None:
         key = watched_key(self._store, turn_id)
-        while True:
+        while not asked_to_end():
             with contextlib.suppress(RedisError, OSError):
                 await self._store.redis.set(key, b"1", px=WATCHED_KEEP_MS)
             await asyncio.sleep(WATCH_S)

@@ -11,6 +11,7 @@ from typing import Any
 
 from redis.exceptions import RedisError, ResponseError
 
+from server.background import end
 from server.journal import Entry, Failure, Journal, Kept
 from server.replicas import HEARTBEAT_S, OPEN_KEEP_S, Replicas
 from server.store import Store, StoreError, reaching
@@ -70,9 +71,7 @@ class Journals:
         for journal in list(self._live.values()):
             await journal.written()
         tasks, self._tasks = self._tasks, []
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*tasks)
         with contextlib.suppress(RedisError, OSError):
             await self.replicas.leave()
 

@@ -17,6 +17,7 @@ import msgspec
 from redis.exceptions import RedisError, ResponseError
 
 from engine import EngineState
+from server.background import end
 from server.crash import log_crash
 from server.events import ResponseCreated
 from server.journal import Entry
@@ -59,8 +60,7 @@ class Takeover:
     async def close(self) -> None:
         """Stop looking. Idempotent."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
             self._task = None
 
     async def _scan_forever(self) -> None:
