@@ -109,10 +109,10 @@ def test_a_killed_server_loses_nothing(redis_url: str) -> None:
             response_id = json.load(answer)["id"]
         got: list[Any] = []
         with post(doomed, "/v1/chat/completions", CHAT) as answer:
-            for place, chunk in frames(answer):
+            stream = frames(answer)
+            for _ in range(FRAMES_SEEN):
+                place, chunk = next(stream)
                 got.append(chunk)
-                if len(got) == FRAMES_SEEN:
-                    break
             os.kill(doomed.pid, signal.SIGKILL)
         path = f"/v1/chat/completions/{got[0]['id']}?stream=true"
         with get(heir, path, place) as answer:
