@@ -1,4 +1,4 @@
-"""Leaving, cancelling and asking twice: the contracts of a turn with its clients, on two servers."""
+"""Leaving, cancelling and asking twice: a turn's contracts with its clients, on two servers."""
 
 from __future__ import annotations
 

@@ -163,7 +163,9 @@ async def test_a_cut_stream_goes_on_live(path: str, body: dict[str, Any], elsewh
         assert first + rest == whole
         assert whole[-1][2] == "[DONE]"
         for number in range(len(whole)):
-            async with reader.client.get(url, headers={"Last-Event-ID": whole[number][1]}) as cut:
+            async with reader.client.get(
+                url, headers={"Last-Event-ID": str(whole[number][1])}
+            ) as cut:
                 assert [frame async for frame in read_events(cut)] == whole[number + 1 :]
         status, answer = await reader.get(f"{path}/{stream_id}")
         assert (status, answer["id"]) == (200, stream_id)

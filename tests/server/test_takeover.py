@@ -10,15 +10,18 @@ import pytest
 
 from engine import Request
 from server.background import end
+from server.control import Control
 from server.events import (
     TERMINAL_EVENTS,
     Event,
     OutputTextDelta,
+    ResponseCancelled,
+    ResponseFailed,
 )
 from server.journal import Entry
 from server.journals import Journals
 from server.metering.metrics import Metrics
-from server.request import SamplingOptions, TurnRequest
+from server.request import SamplingOptions, ToolOptions, TurnRequest
 from server.sessions import Sessions
 from server.store import Store
 from server.takeover import Takeover
@@ -30,14 +33,26 @@ TEXT = "Grüß Gott, STOP says the stop string; 世界 and on it goes"
 
 
 class Replica:
-    """A server without its sockets. ``allowed`` tokens of each request are generated, then none."""
+    """A server without its sockets.
 
-    def __init__(self, store: Store, *, text: str = TEXT, allowed: int | None = None) -> None:
+    ``allowed`` tokens of each new request are generated, then none; of one that was taken over all
+    up to token ``until``.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        text: str = TEXT,
+        allowed: int | None = None,
+        until: int | None = None,
+    ) -> None:
         self.store = store
         self.hold = asyncio.Event()
-        if allowed is None:
+        if allowed is None and until is None:
             self.hold.set()
         self.allowed = allowed
+        self.until = until
         self.text = text
         self.engine = ScriptedEngine(self._script)
         self.journals = Journals(store)
@@ -59,6 +74,10 @@ class Replica:
             # The first step has all that this replica will live to say.
             said = [token for step in steps[: self.allowed] for token in step]
             steps = [said, *steps[self.allowed :]] if said else [[], *steps]
+        known = len(request.output_ids)
+        if self.until is not None:
+            at_once = [token for step in steps[known : self.until] for token in step]
+            steps = [*steps[:known], at_once, *steps[self.until :]]
         return Script(steps=steps, hold=self.hold)
 
     async def start(self) -> Replica:
@@ -182,3 +201,117 @@ def _final(event: Event) -> Any:
     output = [{**item, "id": None, "content": item["content"]} for item in response["output"]]
     usage = {name: response["usage"][name] for name in ("input_tokens", "output_tokens")}
     return response["status"], output, usage
+
+
+async def test_a_paused_server_that_wakes_up_gives_way(store: Store) -> None:
+    """It was taken for dead and its turn is run elsewhere: nothing of it is stored any more, and
+    its own readers go on with what the other one says."""
+    paused = await Replica(store, allowed=5).start()
+    alive = await Replica(store).start()
+    turn = await paused.turns.start(request())
+    await until_written(turn, 5)
+    reader = asyncio.create_task(events_of(turn.batches()))
+    await store.redis.delete(paused.journals.replicas.key(paused.journals.replica_id))
+    alive.until = 8
+    alive.hold.clear()
+    await run_over(alive)
+    assert alive.turns.get(turn.id) is not None
+    # Both engines go on: the old one first, whose words are refused.
+    paused.hold.set()
+    await turn.ended()
+    alive.hold.set()
+    events = await asyncio.wait_for(reader, 20)
+    check(events)
+    assert text_of(events) == TEXT
+    stored = [entry.event for entry in await alive.journals.stored.entries(turn.id)]
+    assert stored == events
+    assert paused.turns.live == 0
+    await paused.close()
+    await alive.close()
+
+
+async def test_only_one_server_takes_a_turn(store: Store) -> None:
+    dying = await Replica(store, allowed=3).start()
+    heirs = [await Replica(store).start() for _ in range(5)]
+    turn = await dying.turns.start(request())
+    await until_written(turn, 3)
+    reader = asyncio.create_task(events_of(await heirs[0].journals.follow(turn.id)))
+    await dying.die()
+    await asyncio.gather(*(run_over(heir) for heir in heirs))
+    events = await asyncio.wait_for(reader, 20)
+    check(events)
+    assert text_of(events) == TEXT
+    assert sum(len(heir.engine.requests) for heir in heirs) == 1
+    for replica in (dying, *heirs):
+        await replica.close()
+
+
+async def test_heirs_may_die_too(store: Store) -> None:
+    replicas = [await Replica(store, allowed=4).start()]
+    turn = await replicas[0].turns.start(request())
+    await until_written(turn, 4)
+    for said in (9, 20):
+        heir = Replica(store, until=said)
+        await heir.start()
+        await replicas[-1].die()
+        await run_over(heir)
+        taken = heir.turns.get(turn.id)
+        assert taken is not None
+        await until_written(taken, said)
+        replicas.append(heir)
+    last = await Replica(store).start()
+    reader = asyncio.create_task(events_of(await last.journals.follow(turn.id)))
+    await replicas[-1].die()
+    await run_over(last)
+    events = await asyncio.wait_for(reader, 20)
+    check(events)
+    assert text_of(events) == TEXT
+    for replica in (*replicas, last):
+        await replica.close()
+
+
+async def test_a_turn_that_cannot_go_on_ends_with_a_reason(store: Store) -> None:
+    """Another version makes other events of the same tokens; the server's tools run once only."""
+    for fields in ({}, {"tools": ToolOptions(builtin={"calculate": "calculator"})}):
+        dying = await Replica(store, allowed=4).start()
+        alive = await Replica(store).start()
+        turn = await dying.turns.start(request(**fields))
+        await until_written(turn, 4)
+        if not fields:
+            key = dying.journals.stored.key(turn.id)
+            rows = cast(Any, await store.redis.xrange(key))
+            place, row = rows[-1]
+            await store.redis.xdel(key, place)
+            changed = row[b"d"].replace(b'"delta":"', b'"delta":"never said ')
+            assert changed != row[b"d"]
+            # Behind the mark of a take-over that came no further.
+            await store.redis.xadd(key, {"r": "nobody"}, id="1-0")
+            await store.redis.xadd(key, {**row, b"d": changed}, id=f"1-{len(rows)}")
+        reader = asyncio.create_task(events_of(await alive.journals.follow(turn.id)))
+        await dying.die()
+        await run_over(alive)
+        events = await asyncio.wait_for(reader, 20)
+        check(events)
+        assert isinstance(events[-1], ResponseFailed)
+        assert events[-1].response["error"]["code"] == "takeover_failed"
+        for replica in (dying, alive):
+            await replica.close()
+
+
+async def test_a_cancel_reaches_a_turn_that_is_being_taken_over(store: Store) -> None:
+    dying = await Replica(store, allowed=3).start()
+    alive = await Replica(store, until=10).start()
+    control = Control(store, alive.journals, alive.turns)
+    control.start()
+    turn = await dying.turns.start(request())
+    await until_written(turn, 3)
+    await dying.die()
+    cancel = asyncio.create_task(control.cancel(turn.id))
+    await run_over(alive)
+    await asyncio.wait_for(cancel, 20)
+    last = await alive.journals.stored.last(turn.id)
+    assert last is not None
+    assert isinstance(last.event, ResponseCancelled)
+    await control.close()
+    for replica in (dying, alive):
+        await replica.close()
