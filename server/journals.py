@@ -245,7 +245,9 @@ class Journals:
                 fields["r"] = self.replica_id
             if entry.notes is not None and journal.kept is not None:
                 fields["n"] = entry.notes
-            pipe.xadd(key, fields, id=stream_id(journal.generation, number))
+            # Where the log is gone, nothing is put behind the gap: it is written again as a whole.
+            place = stream_id(journal.generation, number)
+            pipe.xadd(key, fields, id=place, nomkstream=start > 0)
         if start == 0:
             pipe.expire(key, OPEN_KEEP_S)
         if is_terminal(entries[-1]):
@@ -277,6 +279,10 @@ class Journals:
                 refused = True
             elif isinstance(reply, Exception):
                 raise reply
+            elif reply is None:
+                log.error("the store lost the log of %s; writing it again", journal.turn_id)
+                journal.rewind(0)
+                return
         if refused and not await self._is_ours(journal, start, entries):
             return
         journal.confirm(start + len(entries))

@@ -1,4 +1,4 @@
-"""A real Redis that stands still, is full, or comes back with less: turns wait, nothing is silent."""
+"""A real Redis that stands still, is full, or comes back with less: turns wait, none is silent."""
 
 from __future__ import annotations
 
@@ -117,6 +117,7 @@ async def test_a_failover_that_lost_the_last_events(store: Store, kept: int) -> 
         journal.append(delta(text))
     await journal.written()
     older = await store.redis.dump(key)
+    assert older is not None
     for text in texts[kept:]:
         journal.append(delta(text))
     await journal.written()
