@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from server.background import end
 from server.events import (
     Discontinuity,
     Event,
@@ -326,8 +327,7 @@ async def test_reader_ends_the_turn_of_a_dead_replica(store: Store) -> None:
     journal.append(delta("a"))
     await journal.written()
     assert await alive.settle("t") is None
-    for task in dead._tasks:
-        task.cancel()
+    await end(*dead._tasks)
     await store.redis.delete(dead.replicas.key(dead.replica_id))
     readers = [read(await alive.follow("t")) for _ in range(3)]
     for events in await asyncio.gather(*readers):
@@ -345,6 +345,7 @@ async def test_replica_taken_for_dead_gives_in(store: Store) -> None:
     journal = open_journal(slow)
     journal.append(created())
     await journal.written()
+    await end(slow._tasks[1])
     await store.redis.delete(slow.replicas.key(slow.replica_id))
     assert await other.settle("t") is not None
     journal.append(delta("too late"))

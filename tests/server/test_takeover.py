@@ -211,6 +211,7 @@ async def test_a_paused_server_that_wakes_up_gives_way(store: Store) -> None:
     turn = await paused.turns.start(request())
     await until_written(turn, 5)
     reader = asyncio.create_task(events_of(turn.batches()))
+    await end(paused.journals._tasks[1])
     await store.redis.delete(paused.journals.replicas.key(paused.journals.replica_id))
     alive.until = 8
     alive.hold.clear()
