@@ -76,13 +76,17 @@ class Idempotency:
         """
         key, index = self._key(operation), self._index(operation.owner)
         with reaching():
-            await self._bound(index)
             pipe = self._redis.pipeline(transaction=True)
             pipe.set(key, self._claim(operation, new_id), nx=True, ex=KEEP_S)
             pipe.get(key)
+            pipe.zremrangebyscore(index, "-inf", int(time.time()))
             pipe.zadd(index, {operation.digest: int(time.time()) + KEEP_S}, nx=True)
             pipe.expire(index, KEEP_S)
-            _, data, *_ = await pipe.execute()
+            pipe.zcard(index)
+            is_new, data, *_, count = await pipe.execute()
+        if is_new and count > MAX_KEYS:
+            await self.release(operation)
+            raise _too_many()
         claim = _decode(cast(bytes, data))
         if claim.fingerprint != operation.fingerprint:
             raise ApiError(
@@ -121,21 +125,6 @@ class Idempotency:
             pipe.zrem(self._index(operation.owner), operation.digest)
             await pipe.execute()
 
-    async def _bound(self, index: str) -> None:
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.zremrangebyscore(index, "-inf", int(time.time()))
-        pipe.zcard(index)
-        _, count = await pipe.execute()
-        if count >= MAX_KEYS:
-            raise ApiError(
-                429,
-                f"{MAX_KEYS} idempotency keys are remembered already; they run out after "
-                f"{KEEP_S // 3600} hours.",
-                kind="rate_limit_error",
-                code="too_many_idempotency_keys",
-                retry_after_s=60,
-            )
-
     def _claim(self, operation: Operation, new_id: str) -> bytes:
         return _encode(_Claim(operation.fingerprint, new_id, self._replicas.id))
 
@@ -144,3 +133,14 @@ class Idempotency:
 
     def _index(self, owner: str) -> Any:
         return self._store.key("idempotency", owner)
+
+
+def _too_many() -> ApiError:
+    return ApiError(
+        429,
+        f"{MAX_KEYS} idempotency keys are remembered already; they run out after "
+        f"{KEEP_S // 3600} hours.",
+        kind="rate_limit_error",
+        code="too_many_idempotency_keys",
+        retry_after_s=60,
+    )

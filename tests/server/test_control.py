@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jsonschema
 import pytest
 
+from server import idempotency
 from server.openapi.document import document
 from server.state import JOURNALS, METRICS, TURNS
 from tests.server.edge import read_samples
@@ -193,6 +194,18 @@ async def test_a_key_is_for_one_request() -> None:
                 CHAT, BODY, headers={"Idempotency-Key": bad.encode().decode("latin-1")}
             )
             assert (status, body["error"]["param"]) == (400, "Idempotency-Key")
+
+
+async def test_keys_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idempotency, "MAX_KEYS", 2)
+    async with pair() as servers:
+        servers.gate.set()
+        answers = [
+            await servers.here.post(CHAT, BODY, headers={"Idempotency-Key": key})
+            for key in ("one", "two", "three", "one")
+        ]
+        assert [status for status, _ in answers] == [200, 200, 429, 200]
+        assert answers[0] == answers[3]
 
 
 async def test_a_refused_request_may_be_sent_again() -> None:
