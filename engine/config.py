@@ -61,6 +61,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     spare_process: bool = True
     """Keep a second process that has imported what an engine needs, to take over from one that
     dies in a fraction of the time; it costs some 200 MB of memory."""
+    adapter: str | None = None
+    """Directory of a LoRA adapter in PEFT's format, merged into the weights at loading."""
     check_integrity: bool = False
     """Check the block pool's books whenever the engine is idle (debugging, tests)."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from engine.adapter import Adapter
 from engine.errors import CheckpointError
 from engine.model_config import read_json
 from engine.tensor_file import TensorFile
@@ -36,6 +37,7 @@ class WeightSource:
         dtype: type of the tensors given out; None: the type of the first tensor asked for.
         device: where they are put.
         on_progress: called with the fraction of bytes taken, 0 to 1.
+        adapter: added to the weights as they are taken.
 
     Raises CheckpointError when a file is missing, damaged, truncated, or not where the index says.
     """
@@ -46,8 +48,10 @@ class WeightSource:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         on_progress: Callable[[float], None] | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self._directory = directory
+        self._adapter = adapter
         self._files = _open(directory)
         self._dtype = dtype
         self._device = torch.device(device)
@@ -88,6 +92,9 @@ class WeightSource:
         for name, shape, file in zip(names, shapes, files, strict=True):
             part = merged[row : row + shape[0]]
             self._copy(name, file, part)
+            if self._adapter is not None:
+                exact = file.dtype(name) is part.dtype
+                self._adapter.add_to(name, part, exact=exact)
             row += shape[0]
             self._done(name, file)
         return merged
@@ -106,6 +113,8 @@ class WeightSource:
                 f"{self._files[left[0]].path} holds tensors that the model does not have: "
                 f"{', '.join(left[:3])}{more}; config.json and the weights do not belong together"
             )
+        if self._adapter is not None:
+            self._adapter.finish()
         self._files = {}
         self._on_progress(1.0)
 

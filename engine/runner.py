@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from engine.adapter import Adapter
 from engine.batch import BatchBuilder
 from engine.cache import CacheManager, FullAttentionGroup
 from engine.cgroups import cpu_limit
@@ -71,6 +72,7 @@ class Runner:
             None if wanted is None else _TORCH_DTYPES[wanted],
             self._device,
             lambda fraction: on_progress("loading weights", fraction),
+            None if config.adapter is None else Adapter(Path(config.adapter)),
         )
         with torch.inference_mode():
             self._model: Model = family(model_config, ops, source, max_model_len=max_model_len)

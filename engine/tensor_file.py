@@ -59,6 +59,9 @@ class TensorFile:
             raise CheckpointError(f"{path}, a part of the weights, does not exist") from None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        stated = header.get("__metadata__")
+        self.metadata: dict[str, Any] = stated if isinstance(stated, dict) else {}
+        """What the writer noted; by the format, strings."""
         self._entries = {
             name: _read_entry(path, name, entry, data_start, size)
             for name, entry in header.items()

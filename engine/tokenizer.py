@@ -133,17 +133,39 @@ class Tokenizer:
         Raises TemplateError when there is no template, it refuses the messages, fails or runs too
         long.
         """
-        text = self._render(messages, tools, add_generation_prompt, continue_final_message, kwargs)
-        return self._parse(_without_surrogates(text))
+        return self.encode_rendered(
+            self.render_chat_text(
+                messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **kwargs,
+            )
+        )
 
-    def _render(
+    def encode_rendered(self, text: str, *, continues: bool = False) -> list[int]:
+        """Return the ids of what ``render_chat_text`` gave, or of a part of it.
+
+        Args:
+            text: cut at any place but inside a control token.
+            continues: other text comes before this part.
+        """
+        return self._parse(_without_surrogates(text), leads=not continues)
+
+    def render_chat_text(
         self,
         messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        kwargs: Mapping[str, Any],
+        /,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Any,
     ) -> str:
+        """Return the prompt's text for ``encode_rendered`` alone: what users typed is marked in it.
+
+        Arguments and errors as for ``render_chat``.
+        """
         if self._template is None:
             raise TemplateError("the model has no chat template; send a plain prompt instead")
         if taken := sorted(_RESERVED.intersection(kwargs)):
@@ -169,9 +191,8 @@ class Tokenizer:
             text = head
         return text
 
-    def _parse(self, text: str) -> list[int]:
+    def _parse(self, text: str, *, leads: bool = True) -> list[int]:
         ids: list[int] = []
-        leads = True
         for before, token in self._spelling.split(text):
             ids += self._encode_plain(self._spelling.unmark(before), leads=leads)
             if token is not None:

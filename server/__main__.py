@@ -39,6 +39,14 @@ class DtypeName(StrEnum):
     FLOAT32 = "float32"
 
 
+class MethodName(StrEnum):
+    """Names of engine.train.tuning.plan.Method."""
+
+    AUTO = "auto"
+    FULL = "full"
+    LORA = "lora"
+
+
 class DeviceName(StrEnum):
     """Names of engine.Device."""
 
@@ -109,6 +117,9 @@ def serve(
     served_model_name: Annotated[
         str | None, _option("--served-model-name", "The model's name in the API.")
     ] = None,
+    adapter: Annotated[
+        Path | None, _option("--adapter", "LoRA adapter to merge into the model at loading.")
+    ] = None,
     log_level: Annotated[
         LogLevel, _option("--log-level", "How much to log.", case_sensitive=False)
     ] = LogLevel.INFO,
@@ -133,6 +144,7 @@ def serve(
             max_num_tokens=max_num_tokens,
             max_num_seqs=max_num_seqs,
             num_threads=num_threads,
+            adapter=None if adapter is None else str(adapter.expanduser().absolute()),
         )
         settings = ServerSettings(
             host=host, port=port, redis_url=redis_url, api_key_file=api_key_file
@@ -160,6 +172,107 @@ def chat(
 
     status = run(url, model=model, system=system, temperature=temperature, api_key=api_key)
     raise typer.Exit(status)
+
+
+@app.command()
+def tune(
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint directory, name on the Hugging Face hub, or pebble.")
+    ],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="JSON Lines (also .gz, .xz) of messages, of prompt and completion, or of text."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Directory to write.", show_default="beside the data")
+    ] = None,
+    method: Annotated[
+        MethodName, typer.Option(help="All weights, or LoRA; auto goes by data and model.")
+    ] = MethodName.AUTO,
+    merge: Annotated[
+        bool, typer.Option("--merge/--keep-adapter", help="Write a whole model, or the adapter.")
+    ] = True,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the data.", show_default="by its size")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="At its peak.", show_default="by the model's width")
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a step.", show_default="by the data")
+    ] = None,
+    max_len: Annotated[
+        int | None, typer.Option(help="Cut examples to this many tokens.", show_default="2048")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
+    alpha: Annotated[
+        float | None, typer.Option(help="Scale of the adapter.", show_default="twice the rank")
+    ] = None,
+    rslora: Annotated[bool, typer.Option(help="Scale by the rank's root (rsLoRA).")] = False,
+    target_modules: Annotated[
+        str | None,
+        typer.Option(help="Matrices to adapt, such as q_proj,v_proj.", show_default="all"),
+    ] = None,
+    patience: Annotated[
+        int, typer.Option(help="Measurements without improvement that end the run.")
+    ] = 3,
+    skip_bad: Annotated[bool, typer.Option(help="Leave out lines that cannot be used.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
+    seed: Annotated[int, typer.Option(help="Decides order and held-out examples.")] = 0,
+    device: Annotated[DeviceName, typer.Option(help="Where it runs.")] = DeviceName.AUTO,
+    num_threads: Annotated[
+        int | None, typer.Option(help="Compute threads on a CPU.", show_default="one for each core")
+    ] = None,
+) -> None:
+    """Fine-tune a model on examples of what it should answer."""
+    from engine.train.tuning.plan import LINEAR_MODULES, Method, TuneSettings
+    from server.cli.tune import TuneError, default_out
+    from server.cli.tune import tune as run
+
+    names = tuple(part.strip() for part in (target_modules or "").split(",") if part.strip())
+    try:
+        settings = TuneSettings(
+            data=data,
+            out=out or default_out(data, model),
+            model=model,
+            method=Method(method.value),
+            keep_adapter=not merge,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch_tokens=batch_tokens,
+            max_len=max_len,
+            rank=rank,
+            alpha=alpha,
+            rslora=rslora,
+            target_modules=names or LINEAR_MODULES,
+            patience=patience,
+            skip_bad=skip_bad,
+            overwrite=overwrite,
+            seed=seed,
+            device=device.value,
+            num_threads=num_threads,
+        )
+        status = run(settings)
+    except (TuneError, ValueError) as error:
+        _fail(str(error))
+    raise typer.Exit(status)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={
+        "ignore_unknown_options": True,
+        "allow_extra_args": True,
+        "help_option_names": [],
+    },
+)
+def train(context: typer.Context) -> None:
+    """Make a model from data: every option of ``python -m engine.train`` (--help lists them)."""
+    from server.cli.train import train as run
+
+    raise typer.Exit(run(context.args))
 
 
 def _fail(message: str) -> None:

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.model_config import Rope, Yarn
+from engine.models.layers import rope_table
 from engine.train.attention import Segments, attend
 
 __all__ = ["ModelConfig", "Qwen3", "compute_dtype_of"]
@@ -39,6 +41,8 @@ class ModelConfig:
     max_position_embeddings: int
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    yarn: Yarn | None = None
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -206,7 +210,7 @@ class Backbone(nn.Module):
 
 
 class Qwen3(nn.Module):
-    """The language model, its output head tied to the embeddings.
+    """The language model; its output head is the embeddings where they are tied, else its own.
 
     Args:
         config: sizes.
@@ -219,6 +223,9 @@ class Qwen3(nn.Module):
         self.compute_dtype = compute_dtype
         self.model = Backbone(config)
         self._blocks = _Blocks(config.rms_norm_eps, compute_dtype)
+        self.lm_head: nn.Linear | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Every matrix that writes into the residual stream starts small, so that the stream's
         # variance does not grow with depth (GPT-2 report, section 2.3).
         deep_std = 0.02 / (2 * config.num_hidden_layers) ** 0.5
@@ -231,6 +238,11 @@ class Qwen3(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.model.embed_tokens.weight.device
+
+    @property
+    def head(self) -> Tensor:
+        """The output head's matrix [vocabulary, E]."""
+        return (self.lm_head or self.model.embed_tokens).weight
 
     def compile_blocks(self) -> None:
         """Compiles what lies between attentions: a fifth faster on a CPU, far more on a GPU."""
@@ -261,15 +273,20 @@ class Qwen3(nn.Module):
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [N, 1, D/2]."""
         config = self.config
+        if config.yarn is not None:
+            rope = Rope(theta=config.rope_theta, yarn=config.yarn)
+            table = rope_table(rope, config.head_dim, int(positions.max()) + 1)
+            cos, sin = table.to(positions.device)[positions, None].chunk(2, dim=-1)
+            return cos, sin
         steps = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
         angles = positions[:, None, None] * config.rope_theta**-steps
         return angles.cos(), angles.sin()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores [..., vocabulary] of a layer's output [..., E]: final norm and tied head."""
+        """Scores [..., vocabulary] of a layer's output [..., E]: final norm and head."""
         normed = _normed(hidden, self.model.norm.weight, self.config.rms_norm_eps)
-        weight = self.model.embed_tokens.weight
-        return F.linear(normed.to(self.compute_dtype), weight.to(self.compute_dtype)).float()
+        head = self.head.to(self.compute_dtype)
+        return F.linear(normed.to(self.compute_dtype), head).float()
 
     def surprise(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in nats [M] of `targets` [M] where a layer's output is `hidden` [M, E]."""
@@ -277,7 +294,7 @@ class Qwen3(nn.Module):
         return blocks.surprise(
             hidden,
             self.model.norm.weight,
-            self.model.embed_tokens.weight,
+            self.head,
             targets,
             blocks.eps,
             blocks.dtype,

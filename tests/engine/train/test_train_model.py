@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def config(**sizes: int) -> ModelConfig:
-    values = {
+    values: dict[str, Any] = {
         "vocab_size": 320,
         "hidden_size": 48,
         "intermediate_size": 80,
