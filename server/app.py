@@ -12,10 +12,12 @@ from aiohttp import WSCloseCode, web
 from aiohttp.typedefs import Handler, Middleware
 
 from engine import Tokenizer
+from server.control import Control
 from server.crash import log_crash
 from server.errors import ApiError
 from server.guard.keys import KeyRing
 from server.guard.origins import Origins
+from server.idempotency import Idempotency
 from server.journals import Journals
 from server.metering.loopwatch import LoopWatch
 from server.metering.metrics import Metrics
@@ -35,7 +37,9 @@ from server.sequence import Engine
 from server.sessions import Sessions
 from server.settings import ServerSettings
 from server.state import (
+    CONTROL,
     ENGINE,
+    IDEMPOTENCY,
     JOURNALS,
     KEYS,
     METRICS,
@@ -45,10 +49,12 @@ from server.state import (
     SETTINGS,
     SOCKETS,
     STORE,
+    TAKEOVER,
     TOKENIZER,
     TURNS,
 )
-from server.store import Store, StoreError
+from server.store import Store, StoreError, StoreKind
+from server.takeover import Takeover
 from server.transports.websocket import KEY_PROTOCOL
 from server.turns import Turns
 
@@ -114,25 +120,35 @@ def _assemble(
     app[JOURNALS] = journals
     app[SESSIONS] = sessions
     app[SOCKETS] = set()
-    app[TURNS] = Turns(
+    turns = app[TURNS] = Turns(
         engine,
         tokenizer,
         journals,
         sessions,
         metrics,
+        store,
         max_live=settings.max_live_turns,
         retention_s=settings.retention_s,
         unstored_retention_s=settings.unstored_retention_s,
     )
+    app[CONTROL] = Control(store, journals, turns)
+    app[IDEMPOTENCY] = Idempotency(store, journals.replicas)
+    app[TAKEOVER] = Takeover(store, journals, turns, app[METRICS])
 
 
 async def _run(app: web.Application) -> AsyncIterator[None]:
     """Run what belongs to the application from its start to its cleanup."""
     loop_watch = LoopWatch(app[METRICS])
     await app[JOURNALS].start()
+    app[CONTROL].start()
+    # A store in this process's memory has no other servers.
+    if app[STORE].kind is not StoreKind.MEMORY:
+        app[TAKEOVER].start()
     loop_watch.start()
     yield
+    await app[TAKEOVER].close()
     await app[TURNS].drain(0.0)
+    await app[CONTROL].close()
     app[TURNS].close()
     await app[JOURNALS].close()
     loop_watch.stop()

@@ -6,17 +6,21 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from engine import EngineError, EngineState, Tokenizer
 from server.errors import ApiError
+from server.events import ResponseCreated
+from server.journal import Entry, JournalMismatch
 from server.journals import Journals
 from server.metering.metrics import Metrics
 from server.prompting import Prompter
 from server.request import TurnRequest
 from server.sequence import Engine
-from server.store import StoreError
+from server.store import Store, StoreError, reaching
 from server.turn import Turn
+from server.turn_record import TurnWork, keep
 
 __all__ = ["TurnKeeper", "Turns"]
 
@@ -35,6 +39,9 @@ class TurnKeeper(Protocol):
     async def end(self, request: TurnRequest, response: dict[str, Any]) -> None:
         """Store a turn's end, before its terminal event is shown."""
 
+    async def adopt(self, request: TurnRequest, turn_id: str) -> None:
+        """Hold for this server what a turn had claimed that is taken over."""
+
 
 class Turns:
     """Starts turns and knows those that run."""
@@ -46,6 +53,7 @@ class Turns:
         journals: Journals,
         keeper: TurnKeeper,
         metrics: Metrics,
+        store: Store,
         *,
         max_live: int = 1024,
         retention_s: int = 30 * 24 * 3600,
@@ -54,6 +62,7 @@ class Turns:
         self.engine = engine
         self.tokenizer = tokenizer
         self.metrics = metrics
+        self._store = store
         self.draining = False
         """No new turns are taken; those that run may end."""
         self._journals = journals
@@ -134,13 +143,59 @@ class Turns:
             await turn.leave()
             self._abandon(request, turn)
             raise
-        keep_s = self._retention_s if request.store else self._unstored_retention_s
-        journal = self._journals.open(turn.id, keep_s=keep_s, failure=turn.failure)
-        self._turns[turn.id] = turn
-        self._idle.clear()
-        self.metrics.turn_started(request.dialect)
+        keep_s = self._keep_s(request)
+        journal = self._journals.open(
+            turn.id, keep_s=keep_s, failure=turn.failure, kept=keep(turn.work)
+        )
+        self._enter(turn)
         turn.begin(journal)
         return turn
+
+    def _enter(self, turn: Turn) -> None:
+        self._turns[turn.id] = turn
+        self._idle.clear()
+        self.metrics.turn_started(turn.request.dialect)
+
+    async def take_over(self, work: TurnWork, events: Sequence[Entry], generation: int) -> bool:
+        """Go on with a turn whose server died; return whether it goes on.
+
+        Where it cannot, it is ended, with a failure that says why. Raises StoreError.
+        """
+        request = work.request
+        turn = Turn(self, request, time.monotonic(), work.created_at)
+        turn.audience.orphan()
+        await self._keeper.adopt(request, turn.id)
+        journal = self._journals.open(
+            turn.id,
+            keep_s=self._keep_s(request),
+            failure=turn.failure,
+            kept=keep(work),
+            generation=generation,
+            log=events,
+        )
+        self._enter(turn)
+        try:
+            turn.prepare(work.prompts, work.seed)
+            turn.rehearse(journal)
+            await turn.go_on()
+        except (ApiError, EngineError, JournalMismatch) as error:
+            log.error("%s cannot go on here: %s", turn.id, error)
+            first = events[0].event if events else None
+            if isinstance(first, ResponseCreated):
+                turn.response = first.response
+            message = "The server that ran this turn went away, and another could not go on."
+            turn.fail(journal, "takeover_failed", message)
+            return False
+        return True
+
+    def _keep_s(self, request: TurnRequest) -> int:
+        return self._retention_s if request.store else self._unstored_retention_s
+
+    async def watched(self, turn_id: str) -> bool:
+        """Return whether a turn is followed on another server. Raises StoreError."""
+        with reaching():
+            found = await self._store.redis.exists(self._store.key("turn", turn_id, "watched"))
+        return bool(found)
 
     async def encode(self, request: TurnRequest) -> list[list[int]]:
         """Return the ids of each prompt. Raises ApiError 400."""

@@ -55,6 +55,15 @@ class Metrics:
             "turn_duration_seconds", "From a turn's begin to its terminal event.", _TURN_S
         )
 
+        self._disconnects = self._counter(
+            "disconnects",
+            "Turns whose last client left before their end, by contract and what came of it.",
+            ["contract", "outcome"],
+        )
+        self._takeovers = self._counter(
+            "takeovers", "Turns taken over from dead servers.", ["outcome"]
+        )
+
     def _make_loop_metrics(self) -> None:
         self._loop_lag_s = self._histogram(
             "event_loop_lag_seconds", "How late the event loop ran a timer.", _LOOP_S
@@ -108,6 +117,17 @@ class Metrics:
         self._turn_cached.inc(cached_tokens)
         self._turn_completion.inc(completion_tokens)
         self._turn_s.observe(duration_s)
+
+    def disconnected(self, contract: str, outcome: str) -> None:
+        """Count a turn whose last client left.
+
+        ``outcome`` is ran_on, cancelled, resumed (somebody came back) or finished (it ended first).
+        """
+        self._disconnects.labels(contract, outcome).inc()
+
+    def taken_over(self, outcome: str) -> None:
+        """Count a turn taken over from a dead server; ``outcome`` is resumed or failed."""
+        self._takeovers.labels(outcome).inc()
 
     def engine_stats(self, stats: EngineStats) -> None:
         """Take over the engine's latest figures; its counters go on over restarts."""

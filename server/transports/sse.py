@@ -17,7 +17,7 @@ from server.state import SETTINGS
 from server.store import StoreError
 from server.turn import Turn
 
-__all__ = ["Frame", "encode_frames", "event_frames", "respond", "stream"]
+__all__ = ["Frame", "encode_frames", "event_frames", "project", "respond", "stream"]
 
 log = logging.getLogger("millrace.sse")
 
@@ -54,8 +54,8 @@ def event_frames(batch: list[Entry]) -> bytes:
     """Return a turn's events as they are, each with its sequence number as ``id``."""
     return b"".join(
         b"event: %b\nid: %d\ndata: %b\n\n"
-        % (type_name(event).encode(), event.sequence_number, data)
-        for event, data in batch
+        % (type_name(entry.event).encode(), entry.event.sequence_number, entry.data)
+        for entry in batch
     )
 
 
@@ -81,6 +81,21 @@ async def respond(
     return await stream(
         http, turn.batches(), render, tail=encode_frames(tail), on_leave=turn.detach
     )
+
+
+async def project(
+    http: web.Request,
+    batches: AsyncIterator[list[Entry]],
+    feed: Callable[[Event], Iterable[Frame]],
+    *,
+    on_leave: Callable[[], None],
+) -> web.StreamResponse:
+    """Stream a turn that began earlier through a dialect's projection."""
+
+    def render(batch: list[Entry]) -> bytes:
+        return encode_frames(frame for entry in batch for frame in feed(entry.event))
+
+    return await stream(http, batches, render, on_leave=on_leave)
 
 
 async def stream(

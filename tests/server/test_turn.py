@@ -49,6 +49,7 @@ class Bench:
             self.journals,
             self.sessions,
             self.metrics,
+            store,
             max_live=64,
         )
 

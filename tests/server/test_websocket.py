@@ -43,7 +43,9 @@ async def test_turns_one_after_the_other() -> None:
 
 
 async def test_lanes_run_at_once_and_are_told_apart() -> None:
-    engine = ScriptedEngine(lambda request: say(bytes(request.prompt_ids[7:-2]).decode() * 5))
+    engine = ScriptedEngine(
+        lambda request: say(bytes(request.prompt_ids[7:-2]).decode() * 5), step_s=0.002
+    )
     async with serving(engine) as server:
         async with server.client.ws_connect("/v1/responses") as socket:
             names = [f'lane "{number}" é' for number in range(8)]
