@@ -1,0 +1,57 @@
+"""Run scenarios and print the reliability table: ``python -m tests.chaos --seed 7``."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+import traceback
+
+from rich.console import Console
+
+from tests.chaos.cluster import Cluster
+from tests.chaos.report import show
+from tests.chaos.run import run_scenario
+from tests.chaos.scenarios import SCENARIOS
+from tests.chaos.tally import Tally, row
+
+
+def main() -> int:
+    """Parse the arguments, run, print; 1 when something is not as expected."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--scenario", action="append", choices=[*SCENARIOS], help="all, unless given"
+    )
+    parser.add_argument("--count", type=int, default=20, help="faults to inject in each scenario")
+    parser.add_argument("--strict", action="store_true", help="hold all to their goals")
+    options = parser.parse_args()
+    # Ended from outside, it still ends what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    rows = []
+    failed = False
+    for name in options.scenario or SCENARIOS:
+        scenario = SCENARIOS[name]
+        began_s = time.monotonic()
+        with Cluster(2, durable=scenario.durable).running() as cluster:
+            try:
+                tally, found = run_scenario(
+                    cluster, scenario, seed=options.seed, count=options.count, strict=options.strict
+                )
+            except Exception as error:
+                # One that breaks off is a failure, and no reason to lose the others' lines.
+                traceback.print_exception(error)
+                tally, found = Tally(), [f"broke off: {type(error).__name__}"]
+        failed |= bool(found)
+        rows.append(row(name, tally, found))
+        taken_s = time.monotonic() - began_s
+        Console(stderr=True).print(
+            f"{name}: {taken_s:.0f} s, {dict(tally.endings)}", *found, sep="\n  "
+        )
+    show(rows)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
