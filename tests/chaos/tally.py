@@ -131,5 +131,5 @@ def row(name: str, tally: Tally, found: Sequence[str]) -> Mapping[str, object]:
         "back p50 s": seconds(0.5),
         "back p99 s": seconds(0.99),
         "back max s": seconds(1.0),
-        "verdict": "as expected" if not found else "; ".join(found),
+        "verdict": "failed" if found else "ok",
     }
