@@ -15,8 +15,8 @@ import aiohttp
 import orjson
 
 from tests.chaos.campaign import Campaign
-from tests.chaos.cluster import Replica
 from tests.chaos.history import TERMINAL
+from tests.chaos.processes import Replica
 
 __all__ = ["aborts"]
 

@@ -116,7 +116,7 @@ class Campaign:
             self.tally.struck[await strike()] += 1
         histories: list[History] = await everyone
         for history in histories:
-            if struck_s is not None and history.began_s < struck_s < history.ended_s:
+            if struck_s is not None and history.is_open_at(struck_s):
                 self.tally.back(history.silence_after_s(struck_s))
             await self.judge(history)
         return histories

@@ -79,6 +79,11 @@ class History:
         """Tokens received."""
         return sum(len(one.event.get("token_ids") or ()) for one in self.received if one.is_text)
 
+    def is_open_at(self, moment_s: float) -> bool:
+        """Whether the answer was asked for, and its end not yet there."""
+        end_s = self.ended_s if self.terminal is None else self.terminal.at_s
+        return self.began_s < moment_s < end_s
+
     def silence_after_s(self, moment_s: float) -> float | None:
         """The longest time without text from ``moment_s`` to the end, in seconds.
 

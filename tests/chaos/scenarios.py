@@ -15,8 +15,11 @@ import psutil
 
 from tests.chaos.aborts import aborts
 from tests.chaos.campaign import Campaign
+from tests.chaos.cluster import StoreType
+from tests.chaos.processes import RedisServer
 from tests.chaos.proxy import ENDING_KINDS, Plan, Proxy
 from tests.chaos.readers import stalled_readers
+from tests.chaos.sentinel import SentinelStore
 from tests.chaos.tally import Expectation
 
 __all__ = ["SCENARIOS", "Scenario"]
@@ -37,8 +40,7 @@ class Scenario(NamedTuple):
     run: Run
     goal: Expectation = Expectation()
     now: Expectation | None = None
-    durable: bool = True
-    """Whether the Redis under it keeps what it acknowledged when it is killed."""
+    store: StoreType = StoreType.DURABLE
 
     short: int = 1
     """Faults in the short run of ``make test``; 0: only in the long one."""
@@ -150,6 +152,7 @@ async def redis_kill(campaign: Campaign, count: int) -> None:
 
     async def strike() -> str:
         redis = campaign.cluster.redis
+        assert isinstance(redis, RedisServer)
         await asyncio.to_thread(redis.kill)
         await asyncio.sleep(campaign.rng.uniform(0.0, 1.0))
         await asyncio.to_thread(redis.start)
@@ -162,7 +165,9 @@ async def redis_freeze(campaign: Campaign, count: int) -> None:
     """SIGSTOP Redis for a moment: a store that is slow."""
 
     async def strike() -> str:
-        process = psutil.Process(campaign.cluster.redis.pid)
+        redis = campaign.cluster.redis
+        assert isinstance(redis, RedisServer)
+        process = psutil.Process(redis.pid)
         process.suspend()
         try:
             await asyncio.sleep(campaign.rng.uniform(0.1, 1.5))
@@ -171,6 +176,47 @@ async def redis_freeze(campaign: Campaign, count: int) -> None:
         return "Redis frozen"
 
     await _rounds(campaign, count, strike, addresses=campaign.urls)
+
+
+async def fail_over(campaign: Campaign, count: int) -> None:
+    """Kill the Redis master amid the answers; the Sentinels make the replica master."""
+
+    async def strike() -> str:
+        store = campaign.cluster.redis
+        assert isinstance(store, SentinelStore)
+        await asyncio.to_thread(store.fail_over)
+        return "failed over"
+
+    await _rounds(campaign, count, strike, addresses=campaign.urls)
+
+
+async def server_pause(campaign: Campaign, count: int) -> None:
+    """SIGSTOP a server until others take it for dead, then SIGCONT: it must not go on as before."""
+
+    async def strike() -> str:
+        process = psutil.Process(campaign.cluster.replicas[0].live.pid)
+        process.suspend()
+        try:
+            await asyncio.sleep(campaign.rng.uniform(2.5, 6.0))
+        finally:
+            process.resume()
+        return "server paused"
+
+    await _rounds(campaign, count, strike, addresses=campaign.urls)
+
+
+async def clock_jump(campaign: Campaign, count: int) -> None:
+    """Set the servers' wall clock forward and back amid their answers, by up to a month."""
+
+    async def strike() -> str:
+        rng = campaign.rng
+        campaign.cluster.move_clock(rng.choice((-1, 1)) * rng.choice((5, 3600, 30 * 86400)))
+        return "clock set"
+
+    async def heal() -> None:
+        campaign.cluster.move_clock(0.0)
+
+    await _rounds(campaign, count, strike, heal, addresses=campaign.urls)
 
 
 async def _rounds(
@@ -231,7 +277,23 @@ SCENARIOS = {
                 within_s=10.0,
                 hung_s=10.0,
             ),
-            durable=False,
+            store=StoreType.FORGETFUL,
+            short=0,
+        ),
+        Scenario("server-pause", "SIGSTOP of a server for 2.5 to 6 s", server_pause, short=0),
+        Scenario("clock-jump", "the wall clock set forward and back", clock_jump),
+        Scenario(
+            "failover",
+            "Sentinel makes the replica master",
+            fail_over,
+            Expectation(
+                endings=("whole", "failed history_lost", "refused 404 response_not_found"),
+                least_whole=0.5,
+                gaps=True,
+                within_s=10.0,
+                hung_s=10.0,
+            ),
+            store=StoreType.SENTINEL,
             short=0,
         ),
         Scenario("redis-freeze", "SIGSTOP of Redis for up to 1.5 s", redis_freeze, short=0),

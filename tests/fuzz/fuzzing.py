@@ -25,6 +25,7 @@ KEYS = ("key-of-the-first", "key-of-the-second")
 PARALLEL = 16
 ANSWER_S = 30.0
 """An input without an end of the connection after so long is a hang."""
+SILENCE_S = 1.5
 GROWTH = 0.05
 STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
 
@@ -69,8 +70,8 @@ async def exchange(
 ) -> Answered:
     """Send bytes, then ``then`` once the head of an answer is there, and read to the end.
 
-    Our side is closed after sending, so that half a request is known to be all there is; where the
-    answer may take a while (``upgraded`` is false), only when the answer has come.
+    Our side is closed after sending, at once (``upgraded``) or after a silence: an answer may take
+    a while, and a server that waits for more of a request has to know that this is all there is.
     """
     address = urlsplit(server.url)
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
@@ -87,7 +88,7 @@ async def exchange(
                     writer.write(then)
                     await writer.drain()
                     writer.write_eof()
-                while part := await _read(reader, writer, bool(got)):
+                while part := await _read(reader, writer):
                     got += part
     except TimeoutError:
         return Answered(bytes(got), hung=True)
@@ -96,12 +97,10 @@ async def exchange(
     return Answered(bytes(got), hung=False)
 
 
-async def _read(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answered: bool
-) -> bytes:
-    """Read; a server that waits for more of the request is told that there is none."""
+async def _read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    """Read; after a silence, say that there is no more to come, and read on."""
     try:
-        async with asyncio.timeout(None if answered else 3.0):
+        async with asyncio.timeout(SILENCE_S):
             return await reader.read(1 << 16)
     except TimeoutError:
         if writer.can_write_eof():
@@ -163,6 +162,9 @@ def _look(server: LiveServer, log_from: int, outcome: Outcome) -> None:
     except AssertionError as error:
         outcome.bad.append(str(error)[-3000:])
     kinds = psutil.Process(server.pid).net_connections(kind="tcp")
-    left = sum(one.status in ("ESTABLISHED", "CLOSE_WAIT") for one in kinds)
+    port = urlsplit(server.url).port
+    left = sum(
+        one.status in ("ESTABLISHED", "CLOSE_WAIT") and one.laddr.port == port for one in kinds
+    )
     if left > PARALLEL:
         outcome.bad.append(f"{left} sockets are open")

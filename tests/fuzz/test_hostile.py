@@ -67,7 +67,7 @@ async def test_a_template_in_a_message_is_text(server: LiveServer, text: str) ->
     [
         {"chat_template": "{{ 7*7 }}"},
         {"chat_template_kwargs": {"messages": []}},
-        {"chat_template_kwargs": {"raise_exception": "x"}},
+        {"chat_template_kwargs": {"messages": [{"role": "system", "content": "x"}]}},
     ],
 )
 async def test_no_template_of_a_client(server: LiveServer, field: dict[str, Any]) -> None:
