@@ -33,27 +33,61 @@ def main() -> int:
     console = Console(stderr=True, soft_wrap=True)
     rows = []
     failed = False
-    for name in options.scenario or SCENARIOS:
-        scenario = SCENARIOS[name]
-        if scenario.store is StoreType.SENTINEL and not takes_sentinels():
-            console.print(f"{name}: not run, --redis-url cannot name Sentinels yet")
-            continue
-        began_s = time.monotonic()
-        with Cluster(2, store=scenario.store).running() as cluster:
+    with _Clusters() as clusters:
+        for name in options.scenario or SCENARIOS:
+            scenario = SCENARIOS[name]
+            if scenario.store is StoreType.SENTINEL and not takes_sentinels():
+                console.print(f"{name}: not run, --redis-url cannot name Sentinels yet")
+                continue
+            began_s = time.monotonic()
             try:
                 tally, found = run_scenario(
-                    cluster, scenario, seed=options.seed, count=options.count, strict=options.strict
+                    clusters.get(scenario.store),
+                    scenario,
+                    seed=options.seed,
+                    count=options.count,
+                    strict=options.strict,
                 )
             except Exception as error:
                 # One that breaks off is a failure, and no reason to lose the others' lines.
                 traceback.print_exception(error)
                 tally, found = Tally(), [f"broke off: {type(error).__name__}"]
-        failed |= bool(found)
-        rows.append(row(name, tally, found))
-        taken_s = time.monotonic() - began_s
-        console.print(f"{name}: {taken_s:.0f} s, {dict(tally.endings)}", *found, sep="\n  ")
+                clusters.drop()
+            failed |= bool(found)
+            rows.append(row(name, tally, found))
+            taken_s = time.monotonic() - began_s
+            console.print(f"{name}: {taken_s:.0f} s, {dict(tally.endings)}", *found, sep="\n  ")
     show(rows)
     return int(failed)
+
+
+class _Clusters:
+    """Keeps the last cluster: the next scenario on the same store need not wait for its start."""
+
+    def __init__(self) -> None:
+        self._last: Cluster | None = None
+        self._store: StoreType | None = None
+
+    def __enter__(self) -> _Clusters:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drop()
+
+    def get(self, store: StoreType) -> Cluster:
+        """Return a cluster on such a store."""
+        if self._store is not store:
+            self.drop()
+        if self._last is None:
+            self._last, self._store = Cluster(2, store=store), store
+            self._last.start()
+        return self._last
+
+    def drop(self) -> None:
+        """End what runs."""
+        if self._last is not None:
+            self._last.stop()
+        self._last = self._store = None
 
 
 if __name__ == "__main__":

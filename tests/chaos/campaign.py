@@ -59,6 +59,7 @@ class Campaign:
         self._hung_s = expected.hung_s
         self.rng = random.Random(seed)
         self.tally = Tally()
+        self._log_from = [len(replica.log) for replica in cluster.replicas]
         self._questions = list(answers)
         self._answers = answers
 
@@ -137,6 +138,7 @@ class Campaign:
 
     def check_logs(self) -> None:
         """No server crashed."""
-        for replica in self.cluster.replicas:
-            if "Traceback" in replica.log:
-                self.tally.notes.append(f"a traceback in the log of {replica.url}")
+        for replica, begin in zip(self.cluster.replicas, self._log_from, strict=True):
+            _, crash, rest = replica.log[begin:].partition("Traceback")
+            if crash:
+                self.tally.notes.append(f"a crash of {replica.url}: {rest[-1500:]}")

@@ -17,7 +17,7 @@ from tests.chaos.sentinel import SentinelStore
 
 __all__ = ["Cluster", "StoreType"]
 
-READY_S = 120.0
+READY_S = 300.0
 CLOCK = Path(__file__).parent / "clock"
 
 
@@ -73,12 +73,11 @@ class Cluster:
 
     def stop(self) -> None:
         """End everything and remove the directory. Idempotent."""
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
+            stack.callback(self.redis.stop)
             for replica in self.replicas:
-                replica.stop()
-        finally:
-            self.redis.stop()
-            shutil.rmtree(self.directory, ignore_errors=True)
+                stack.callback(replica.stop)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Cluster]:

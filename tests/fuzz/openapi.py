@@ -34,13 +34,18 @@ class SchemaRun(NamedTuple):
 
 
 def run_schemathesis(
-    server: LiveServer, *, seed: int, seconds: int, max_examples: int = 1000
+    server: LiveServer,
+    *,
+    seed: int,
+    seconds: int,
+    max_examples: int = 1000,
+    phases: str = "examples,coverage,fuzzing,stateful",
 ) -> SchemaRun:
-    """Let it ask for ``seconds`` at most."""
+    """Let it ask for ``seconds`` at most, in the given phases of its own."""
     command = [
         sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json",
         "--header", f"Authorization: Bearer {KEYS[0]}",
-        "--checks", ",".join(CHECKS),
+        "--checks", ",".join(CHECKS), "--phases", phases,
         "--max-time", str(seconds),
         "--max-examples", str(max_examples),
         "--seed", str(seed),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import aiohttp
 import psutil
@@ -154,7 +156,7 @@ async def test_odd_upgrades_are_refused(server: LiveServer, name: str, request_t
 
 # Bombs
 
-BOMB_BYTES = 256 << 20
+BOMB_BYTES = 64 << 20
 
 
 def bombs() -> list[tuple[str, bytes]]:
@@ -169,7 +171,7 @@ async def test_a_compressed_bomb_stays_small(server: LiveServer, path: str) -> N
     async with aiohttp.ClientSession(server.url, headers=FIRST) as client:
         for encoding, data in bombs():
             headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
-            async with client.post(path, data=data, headers=headers) as answer:
+            async with client.post(path, data=io.BytesIO(data), headers=headers) as answer:
                 assert answer.status in (400, 413, 415), await answer.text()
     assert process.memory_info().rss - before < BOMB_BYTES // 4
 
@@ -197,8 +199,15 @@ async def test_one_byte_frames_are_one_message(server: LiveServer) -> None:
         frame(data[at : at + 1], opcode=TEXT if at == 0 else 0, final=at == last)
         for at in range(len(data))
     )
-    answered = await exchange(server, (UPGRADE + "\r\n").encode(), then=sent, upgraded=True)
-    assert b"model_not_found" in answered.data
+    url = urlsplit(server.url)
+    reader, writer = await asyncio.open_connection(url.hostname, url.port)
+    try:
+        writer.write((UPGRADE + "\r\n").encode() + sent)
+        async with asyncio.timeout(60):
+            answer = await reader.readuntil(b"model_not_found")
+        assert answer.startswith(b"HTTP/1.1 101 ")
+    finally:
+        writer.transport.abort()
 
 
 async def test_frames_without_an_end_stay_within_the_limit(server: LiveServer) -> None:
