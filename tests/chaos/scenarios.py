@@ -240,7 +240,6 @@ async def _rounds(
 
 
 WHOLE = Expectation()
-TOLD = Expectation(endings=("whole", "failed engine_died"), least_whole=0.0)
 
 SCENARIOS = {
     one.name: one
@@ -248,7 +247,7 @@ SCENARIOS = {
         Scenario(
             "cuts", "connections cut, reset, half-closed, stalled, throttled, split", cuts, short=8
         ),
-        Scenario("engine-kill", "SIGKILL of the engine", engine_kill, WHOLE, TOLD),
+        Scenario("engine-kill", "SIGKILL of the engine", engine_kill, WHOLE),
         Scenario("engine-stop", "SIGSTOP of the engine, for good", engine_stop, WHOLE, short=0),
         Scenario("engine-freeze", "SIGSTOP of the engine for up to 1 s", engine_freeze),
         Scenario(

@@ -29,5 +29,5 @@ def cluster() -> Iterator[Cluster]:
 @pytest.mark.timeout(TIMEOUT_S)
 @pytest.mark.parametrize("scenario", SHORT, ids=lambda scenario: scenario.name)
 def test_short_run(cluster: Cluster, scenario: Scenario) -> None:
-    tally, found = run_scenario(cluster, scenario, seed=SEED, count=scenario.short)
+    tally, found = run_scenario(cluster, scenario, seed=SEED, count=scenario.short, patient=True)
     assert not found, (found, tally)
