@@ -238,6 +238,11 @@ class Conversations:
         with reaching():
             if not await self._redis.exists(self._key(conversation_id)):
                 return
+            # Of an attempt whose answer got lost they may be there already.
+            known = await self._redis.zmscore(order, [item["id"] for item in items])
+            items = [item for item, at in zip(items, known, strict=True) if at is None]
+            if not items:
+                return
             count = await self._redis.zcard(order)
             if count + len(items) > MAX_ITEMS:
                 raise _full(count + len(items))

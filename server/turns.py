@@ -18,7 +18,7 @@ from server.metering.metrics import Metrics
 from server.prompting import Prompter
 from server.request import TurnRequest
 from server.sequence import Engine
-from server.store import Store, StoreError, reaching
+from server.store import Store, StoreError, StoreUnavailable, reaching
 from server.turn import Turn
 from server.turn_record import TurnWork, keep
 
@@ -28,6 +28,7 @@ log = logging.getLogger("millrace.turn")
 
 MAX_SEQUENCES = 256
 """Most sequences (prompts times n) of one turn."""
+KEEP_RETRY_S = 0.25
 
 
 class TurnKeeper(Protocol):
@@ -58,6 +59,7 @@ class Turns:
         max_live: int = 1024,
         retention_s: int = 30 * 24 * 3600,
         unstored_retention_s: int = 600,
+        store_patience_s: float = 10.0,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -71,6 +73,7 @@ class Turns:
         self._max_live = max_live
         self._retention_s = retention_s
         self._unstored_retention_s = unstored_retention_s
+        self._store_patience_s = store_patience_s
         self._turns: dict[str, Turn] = {}
         self._starting = 0
         self._abandoned: set[asyncio.Task[None]] = set()
@@ -228,9 +231,23 @@ class Turns:
         task.add_done_callback(self._abandoned.discard)
 
     async def keep_end(self, request: TurnRequest, response: dict[str, Any]) -> None:
-        """Store a turn's end if it is to be kept."""
-        if _kept(request):
-            await self._keeper.end(request, response)
+        """Store a turn's end if it is to be kept.
+
+        A store that is away gets as long to come back as it has for events: an answer that is
+        complete would else be lost to a restart of the store that its events outlive.
+        """
+        if not _kept(request):
+            return
+        loop = asyncio.get_running_loop()
+        give_up_s = loop.time() + self._store_patience_s
+        while True:
+            try:
+                await self._keeper.end(request, response)
+                return
+            except StoreUnavailable:
+                if loop.time() > give_up_s:
+                    raise
+                await asyncio.sleep(KEEP_RETRY_S)
 
     def forget(self, turn: Turn) -> None:
         """Take an ended turn out of the registry."""

@@ -27,6 +27,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._make_turn_metrics()
         self._make_loop_metrics()
+        self._make_held_metrics()
         self._engine = _EngineMetrics(self.registry)
         self._recoveries = _RecoveryMetrics(self.registry)
 
@@ -80,11 +81,25 @@ class Metrics:
         )
         self._longest_blocked_s = 0.0
 
+    def _make_held_metrics(self) -> None:
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"millrace_{name}", text, registry=self.registry)
+
+        self._tasks = gauge("event_loop_tasks", "Tasks of the event loop that have not ended.")
+        self._journals = gauge("journals_open", "Event logs held in memory.")
+        self._websockets = gauge("websockets_open", "Open WebSockets.")
+
     def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
         return Counter(f"millrace_{name}", text, labels, registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(f"millrace_{name}", text, buckets=buckets, registry=self.registry)
+
+    def held(self, *, tasks: int, journals: int, websockets: int) -> None:
+        """Set what the process holds now; an idle server always comes back to the same."""
+        self._tasks.set(tasks)
+        self._journals.set(journals)
+        self._websockets.set(websockets)
 
     def turn_started(self, dialect: str) -> None:
         """Count a turn that was accepted."""

@@ -8,7 +8,7 @@ from typing import Any
 from aiohttp import web
 
 from server.dialects import responses as dialect
-from server.errors import ApiError, not_found
+from server.errors import ApiError, invalid, not_found
 from server.events import TERMINAL_EVENTS, Event
 from server.journal import Entry
 from server.journals import JournalNotFound
@@ -164,6 +164,9 @@ async def connect(http: web.Request) -> web.StreamResponse:
             "GET /v1/responses opens a WebSocket; send a POST to make a response over HTTP.",
             code="method_not_allowed",
         )
+    if "Transfer-Encoding" in http.headers or http.headers.get("Content-Length", "0") != "0":
+        # Its end is where the frames begin; a proxy in between may see that elsewhere.
+        raise invalid("A request that opens a WebSocket has no body.", code="invalid_body")
     return await websocket.serve(http)
 
 

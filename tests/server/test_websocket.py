@@ -260,3 +260,12 @@ async def test_server_that_stops_says_so() -> None:
         assert message.data == aiohttp.WSCloseCode.GOING_AWAY
         await closing
         await socket.close()
+
+
+@pytest.mark.parametrize("body", [{"Content-Length": "5"}, {"Transfer-Encoding": "chunked"}])
+async def test_an_upgrade_with_a_body_is_refused(body: dict[str, str]) -> None:
+    async with serving() as server:
+        # aiohttp's client would not send such a thing by itself.
+        with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+            await server.client.ws_connect("/v1/responses", headers=body)
+        assert caught.value.status == 400
