@@ -1,6 +1,6 @@
 # Everything a person needs is a target here; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check bench page pebble system-packages clean
+.PHONY: help setup serve test check bench chaos page pebble evaluate system-packages clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -17,7 +17,9 @@ help:
 	@echo "make setup    only the set-up: .venv with the command .venv/bin/millrace"
 	@echo "make page     build the chat page (Node.js 20 or newer)"
 	@echo "make bench    the benchmark tables (quiet machine; BENCH=engine|serve for one)"
+	@echo "make chaos    harm real servers for long and print the reliability table (SEED, COUNT; needs Redis)"
 	@echo "make pebble   train the bundled model anew (DATA=folder of packed text, MINUTES=90)"
+	@echo "make evaluate the tables of the model card (DATA=the same folder, MODEL, CARD=file to update)"
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Millrace needs Python 3.11 or newer; set PYTHON=...")'
@@ -76,10 +78,23 @@ BENCH ?= engine serve
 bench: $(DEV)
 	@for table in $(BENCH); do $(BIN)/python -m tests.bench.$$table || exit 1; done
 
+SEED  ?= 1
+COUNT ?= 100
+chaos: $(DEV) system-packages
+	@status=0; \
+	$(BIN)/python -m tests.chaos --seed $(SEED) --count $(COUNT) || status=1; \
+	$(BIN)/python -m tests.fuzz --seed $(SEED) --requests $$((100 * $(COUNT))) --frames $$((100 * $(COUNT))) || status=1; \
+	exit $$status
+
 MINUTES ?= 90
 pebble: $(DEV)
 	@test -n "$(DATA)" || { echo "Say where the training text lies: make pebble DATA=folder"; exit 2; }
 	$(BIN)/python -m engine.train --data $(DATA) --out build/pebble --export engine/assets/pebble --minutes $(MINUTES)
+
+evaluate: $(DEV)
+	@test -n "$(DATA)" || { echo "Say where the text lies: make evaluate DATA=folder"; exit 2; }
+	$(BIN)/python -m engine.train.evaluation --model $(or $(MODEL),engine/assets/pebble) --data $(DATA) \
+		--out build/evaluation/report.json $(if $(CARD),--card $(CARD))
 
 clean:
 	rm -rf $(VENV) build web/dist web/node_modules

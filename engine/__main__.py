@@ -1,19 +1,23 @@
 """The engine process: ``python -m engine FD``, started by ``EngineClient`` and by nobody else.
 
-FD is this process's end of a socket pair. The process ends when the other end is closed.
+FD is this process's end of a socket pair. The process imports what an engine needs, then waits for
+its configuration, which a spare process may never get. It ends when the other end is closed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import signal
 import socket
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import EngineError
-from engine.link import Configure, Failed, Link, LinkClosed, Loading, Ready
+from engine.link import Configure, Failed, Link, LinkClosed, Loading, Prepared, Ready, Working
+from engine.pulse import Pulse
 from engine.types import ModelInfo
 
 if TYPE_CHECKING:
@@ -21,12 +25,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("millrace.engine")
 
+_STEP_FAILED = 70
+"""Exit code: a step could not be computed (EX_SOFTWARE of sysexits.h)."""
+_FIRST_TO_GO = "500"
+"""Added to our badness when the system runs out of memory (proc(5), oom_score_adj): an engine can
+be replaced without losing anything, the server cannot."""
+
 
 def main() -> int:
     """Load the model the first message names and serve until the server is gone."""
     # A Ctrl-C in the terminal reaches the whole process group; the server decides when we stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    _tell_system("oom_score_adj", _FIRST_TO_GO)
     link = Link(socket.socket(fileno=int(sys.argv[1])))
     try:
         return _serve(link)
@@ -34,13 +45,25 @@ def main() -> int:
         return 0
 
 
+def _tell_system(name: str, value: str) -> None:
+    """Write a file of this process's in /proc, where there is one."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self", name).write_text(value)
+
+
 def _serve(link: Link) -> int:
+    _tell_system("comm", "millrace-spare")
+    link.send(Loading("importing torch", 0.0))
+    from engine import cache, core, runner, scheduler  # noqa: F401 - before the configuration comes
+
+    link.send(Prepared())
     while not (messages := link.receive(60.0)):
         continue
+    _tell_system("comm", "millrace-engine")
     (first,) = messages
     assert isinstance(first, Configure)
     try:
-        core, info = _load(link, first)
+        loop, info = _load(link, first)
     except EngineError as error:
         link.send(Failed(type(error).__name__, str(error)))
         link.drain(5.0)
@@ -49,13 +72,21 @@ def _serve(link: Link) -> int:
     gc.collect()
     gc.freeze()
     link.send(Ready(info))
-    core.run()
+    try:
+        loop.run()
+    except core.StepFailed as error:
+        cause = error.__cause__
+        if core.is_lack_of_memory(cause):
+            log.critical("%s: out of memory; ending, for another to go on", error)
+        else:
+            log.critical("%s; ending, for another to go on", error, exc_info=cause)
+        link.drain(1.0)
+        return _STEP_FAILED
     return 0
 
 
 def _load(link: Link, configure: Configure) -> tuple[Core, ModelInfo]:
     # Imported here so that the first progress message does not wait for torch.
-    link.send(Loading("importing torch", 0.0))
     from engine.cache import CacheManager, FullAttentionGroup
     from engine.core import Core
     from engine.fairness import TokenCosts
@@ -63,7 +94,11 @@ def _load(link: Link, configure: Configure) -> tuple[Core, ModelInfo]:
     from engine.scheduler import Scheduler
 
     config = configure.config
-    runner = Runner(config, lambda stage, fraction: link.send(Loading(stage, fraction)))
+    runner = Runner(
+        config,
+        lambda stage, fraction: link.send(Loading(stage, fraction)),
+        Pulse(lambda silence_s: link.send(Working(silence_s))),
+    )
     info = runner.info
     cache = CacheManager(
         [FullAttentionGroup()],

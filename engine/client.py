@@ -1,6 +1,8 @@
 """EngineClient: the asyncio side of the link.
 
-It starts the engine process, starts it again when it dies, and gives every request its own stream.
+It starts the engine process, gives every request a stream of its own, and when the process dies or
+hangs, starts another and has it go on with what was in flight. A reader of a stream notices nothing
+but the time that takes.
 """
 
 from __future__ import annotations
@@ -8,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,29 +20,46 @@ import msgspec
 from engine import errors
 from engine.config import EngineConfig
 from engine.errors import EngineClosed, EngineDied, EngineError, RequestError
+from engine.inflight import InFlight
 from engine.link import (
     Abort,
     Configure,
     Failed,
+    FrameError,
     FromEngine,
     Loading,
+    Prepared,
     Ready,
     Step,
     Submit,
-    ToEngine,
-    encode_frame,
-    pop_frames,
+    Working,
 )
-from engine.types import Delta, EngineStats, FinishReason, ModelInfo, Request
+from engine.process import EngineProcess
+from engine.starvation import Starvation
+from engine.streams import RequestStream
+from engine.types import EngineStats, ModelInfo, Recoveries, Request
+from engine.watchdog import TICK_S, Watchdog
 
 __all__ = ["EngineClient", "EngineState", "RequestStream"]
 
 log = logging.getLogger("millrace.engine")
 
-MAX_RESTARTS = 5
+MAX_FAILED_STARTS = 6
 """Starts in a row that may fail before the client gives up."""
 RESTART_DELAY_S = 0.2
-"""Wait before the first restart; doubles with each failure in a row."""
+"""Wait before a start that follows a process which brought nothing; doubles each time."""
+MAX_RESTART_DELAY_S = 5.0
+MAX_WAITING = 256
+"""Requests that may be submitted while there is no engine, beside those that wait for it."""
+PATIENCE_S = 60.0
+"""How long requests wait for an engine at least; three times its first start if that is longer."""
+SPARE_DELAY_S = 1.0
+"""A spare process is started so long after an engine is ready: what waits for answers goes first.
+It imports what an engine needs, which is most of a small model's start, and waits."""
+STOP_S = 5.0
+"""How long an engine may take to end its step when it is asked to stop."""
+REMAINS_S = 1.0
+"""How long what is left of a dead engine may take to go."""
 
 ENGINE_COMMAND = (sys.executable, "-m", "engine")
 """Started with the number of its end of the socket pair as last argument."""
@@ -66,75 +84,8 @@ _NEXT = {
 }
 
 
-class RequestStream:
-    """The deltas of one request, in order; iteration ends after the one with a finish reason.
-
-    It is a mailbox of one slot: deltas that arrive before the reader comes are merged into one, so
-    a slow reader costs no memory per step. Leaving early needs ``aclose``, which aborts the
-    request. Iterating raises EngineDied, EngineClosed or RequestError when it cannot go on.
-    """
-
-    def __init__(self, request_id: str, on_leave: Callable[[str], None]) -> None:
-        self.request_id = request_id
-        self._on_leave = on_leave
-        self._slot: Delta | None = None
-        self._error: EngineError | None = None
-        self._ended = False
-        self._arrived = asyncio.Event()
-
-    def __aiter__(self) -> RequestStream:
-        return self
-
-    async def __anext__(self) -> Delta:
-        if self._ended:
-            raise StopAsyncIteration
-        await self._arrived.wait()
-        delta, self._slot = self._slot, None
-        if delta is None:
-            self._ended = True
-            assert self._error is not None
-            raise self._error
-        if self._error is None:
-            self._arrived.clear()
-        self._ended = delta.finish_reason is not None
-        return delta
-
-    async def aclose(self) -> None:
-        """Abort the request if it has not ended."""
-        if not self._ended:
-            self._ended = True
-            self._on_leave(self.request_id)
-
-    def push(self, delta: Delta) -> None:
-        """Hand in what a step brought."""
-        if delta.finish_reason is FinishReason.ERROR:
-            self.fail(RequestError(delta.error or "the engine refused the request"))
-            return
-        self._slot = delta if self._slot is None else _merge(self._slot, delta)
-        self._arrived.set()
-
-    def fail(self, error: EngineError) -> None:
-        """End the stream with an error, after what has already arrived."""
-        self._error = error
-        self._arrived.set()
-
-
-def _merge(first: Delta, second: Delta) -> Delta:
-    logprobs = None
-    if first.logprobs is not None or second.logprobs is not None:
-        logprobs = (first.logprobs or []) + (second.logprobs or [])
-    return Delta(
-        request_id=first.request_id,
-        token_ids=first.token_ids + second.token_ids,
-        logprobs=logprobs,
-        prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
-        finish_reason=second.finish_reason,
-        usage=second.usage,
-    )
-
-
 class EngineClient:
-    """One engine process and the requests in flight on it."""
+    """One engine process after the other, and the requests in flight."""
 
     def __init__(
         self,
@@ -148,14 +99,24 @@ class EngineClient:
         self._state = EngineState.STARTING
         self._info: ModelInfo | None = None
         self._stats = EngineStats()
+        self._past = EngineStats()
+        """What the counters of dead processes had come to."""
+        self._recoveries = Recoveries()
+        self._in_flight = InFlight()
+        self._process: EngineProcess | None = None
+        self._spare: EngineProcess | None = None
+        self._spare_task: asyncio.Task[None] | None = None
+        self._watchdog = Watchdog()
         self._last_progress_s = time.monotonic()
-        self._streams: dict[str, RequestStream] = {}
-        self._process: asyncio.subprocess.Process | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._patience_s = PATIENCE_S
+        self._room = MAX_WAITING
+        """Most requests in flight while there is no engine."""
+        self._barren = 0
+        """Processes in a row that brought nothing."""
+        self._died_s: float | None = None
+        """When the engine was last seen alive that has not been replaced yet."""
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._supervisor: asyncio.Task[None] | None = None
-        self.restarts = 0
-        """How often the engine process was started again."""
 
     @classmethod
     async def start(
@@ -170,17 +131,19 @@ class EngineClient:
         Raises ConfigError, CheckpointError and other errors of a start; no process is left then.
         """
         client = cls(config, on_progress, command)
+        began_s = time.monotonic()
         client._supervisor = asyncio.create_task(client._supervise(), name="engine-supervisor")
         try:
             await asyncio.shield(client._started)
         except BaseException:
             await client.close()
             raise
+        client._patience_s = max(PATIENCE_S, 3 * (time.monotonic() - began_s))
         return client
 
     @property
     def state(self) -> EngineState:
-        """Whether requests can be served now."""
+        """Whether there is an engine now."""
         return self._state
 
     @property
@@ -191,12 +154,17 @@ class EngineClient:
 
     @property
     def stats(self) -> EngineStats:
-        """The engine's figures after its latest step; counters begin again with a new process."""
-        return self._stats
+        """The engine's figures after its latest step; counters go on over its deaths."""
+        return _sum(self._past, self._stats)
+
+    @property
+    def recoveries(self) -> Recoveries:
+        """What became of engines that died, since this client was started."""
+        return self._recoveries
 
     @property
     def last_progress_s(self) -> float:
-        """``time.monotonic()`` of the latest frame: a step's, or an idle engine's heartbeat."""
+        """``time.monotonic()`` of the engine's latest sign that it comes further, or is idle."""
         return self._last_progress_s
 
     @property
@@ -205,29 +173,39 @@ class EngineClient:
         return self._process.pid if self._process else None
 
     def generate(self, request: Request) -> RequestStream:
-        """Submit a request at once and return its deltas.
+        """Submit a request and return its deltas.
 
-        Raises EngineClosed when no engine is ready, RequestError on a request id that is in use.
+        While a dead engine is replaced, the request waits for the next one with those in flight.
+        Raises EngineClosed when there is none and will be none, or too many wait; RequestError on a
+        request id that is in use.
         """
-        if self._state is not EngineState.READY:
-            raise EngineClosed(f"the engine is {self._state.value}; try again in a few seconds")
-        if request.request_id in self._streams:
+        if self._state in (EngineState.STARTING, EngineState.CLOSED):
+            raise EngineClosed(f"the engine is {self._state.value}")
+        if self._state is EngineState.RESTARTING and len(self._in_flight) >= self._room:
+            raise EngineClosed(
+                f"the engine is restarting and {len(self._in_flight)} requests wait for it; "
+                "try again in a few seconds"
+            )
+        if request.request_id in self._in_flight:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
         stream = RequestStream(request.request_id, self._leave)
-        self._streams[request.request_id] = stream
-        self._send(Submit(request))
+        self._in_flight.add(request, stream)
+        self._submit()
         return stream
 
     def abort(self, request_id: str) -> None:
-        """Ask for a request's end; its stream then ends with FinishReason.ABORT."""
-        if request_id in self._streams:
-            self._send(Abort(request_id))
+        """Ask for a request's end; its stream then ends with FinishReason.ABORT.
+
+        At once where no engine has the request, else when the engine has answered.
+        """
+        if self._in_flight.abort(request_id) and self._process is not None:
+            self._process.send(Abort(request_id))
 
     async def close(self) -> None:
         """End the engine process; requests in flight get EngineClosed. Idempotent."""
         if self._state is not EngineState.CLOSED:
             self._move(EngineState.CLOSED)
-        self._fail_all(EngineClosed("the engine was shut down"))
+        self._in_flight.fail_all(EngineClosed("the engine was shut down"))
         if self._supervisor is not None:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -236,121 +214,243 @@ class EngineClient:
             self._started.cancel()
 
     def _leave(self, request_id: str) -> None:
-        if self._streams.pop(request_id, None) is not None:
-            self._send(Abort(request_id))
+        if self._in_flight.drop(request_id) and self._process is not None:
+            self._process.send(Abort(request_id))
 
     def _move(self, state: EngineState) -> None:
         if state not in _NEXT[self._state]:
             raise AssertionError(f"engine state {self._state.value} -> {state.value} is illegal")
         self._state = state
 
-    def _send(self, message: ToEngine) -> None:
-        if self._writer is not None:
-            self._writer.write(encode_frame(message))
+    def _submit(self) -> None:
+        if self._state is EngineState.READY and self._process is not None:
+            for request in self._in_flight.due():
+                self._process.send(Submit(request))
 
-    def _fail_all(self, error: EngineError) -> None:
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.fail(error)
+    # One process after the other
 
     async def _supervise(self) -> None:
-        """Run engine processes one after the other until one cannot be started."""
-        failures = 0
-        while True:
+        """Run engine processes one after the other until none can be started any more."""
+        try:
+            await self._run_processes()
+        except Exception as error:
+            # Whatever it is, those who wait must not wait for ever.
+            log.critical("the engine's supervisor failed", exc_info=error)
+            if not self._started.done():
+                self._started.set_exception(error)
+        finally:
+            await self._end_spare()
+            if self._state is not EngineState.CLOSED:
+                self._move(EngineState.CLOSED)
+            lost = EngineDied("the engine died and cannot be started again")
+            self._count(given_up=self._in_flight.fail_all(lost))
+
+    async def _run_processes(self) -> None:
+        failed_starts = 0
+        while failed_starts < MAX_FAILED_STARTS:
+            if self._started.done():
+                self._count(restarts=1)
+                await asyncio.sleep(self._delay_s)
             try:
                 await self._run_process()
+                failed_starts = 0
             except EngineError as error:
                 if not self._started.done():
                     self._started.set_exception(error)
                     return
+                failed_starts += 1
+                self._barren += 1
                 log.error("engine start failed: %s", error)
-            served = self._state is EngineState.READY
-            failures = 1 if served else failures + 1
-            if served:
-                self._move(EngineState.RESTARTING)
-            self._fail_all(EngineDied("the engine process ended while it served this request"))
-            if failures > MAX_RESTARTS:
-                log.critical("engine failed %d times in a row; giving up", failures)
-                self._move(EngineState.CLOSED)
-                return
-            await asyncio.sleep(RESTART_DELAY_S * 2 ** (failures - 1))
-            self.restarts += 1
+        log.critical("engine failed %d times in a row; giving up", failed_starts)
+
+    @property
+    def _delay_s(self) -> float:
+        """How long to wait before the next start: not at all after a process that worked."""
+        if self._barren <= 1:
+            return 0.0
+        return min(RESTART_DELAY_S * 2.0 ** min(self._barren - 2, 10), MAX_RESTART_DELAY_S)
 
     async def _run_process(self) -> None:
-        """Start one engine process and serve its frames until it ends; leaves nothing behind."""
-        ours, theirs = socket.socketpair()
-        try:
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command, str(theirs.fileno()), pass_fds=[theirs.fileno()]
-            )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        try:
-            reader, self._writer = await asyncio.open_connection(sock=ours)
-            self._send(Configure(self._config))
-            await self._read_frames(reader)
-        finally:
-            await self._end_process()
-        if self._state is not EngineState.READY:
-            raise EngineDied(f"the engine process ended at its start ({self._exit_text()})")
-        log.error("engine process ended (%s); starting it again", self._exit_text())
+        """Start one engine process and serve until it ends; leaves nothing of it behind.
 
-    async def _read_frames(self, reader: asyncio.StreamReader) -> None:
-        decoder = msgspec.msgpack.Decoder(FromEngine)
-        buffer = bytearray()
-        with contextlib.suppress(ConnectionError):
-            while chunk := await reader.read(1 << 18):
-                buffer += chunk
-                for body in pop_frames(buffer):
-                    self._handle(decoder.decode(body))
+        Raises EngineError when it did not come so far as to serve.
+        """
+        self._process = process = await self._next_process()
+        self._watchdog.begin(prepared=process.prepared)
+        watch = asyncio.create_task(self._watch(process), name="engine-watch")
+        try:
+            process.send(Configure(self._config))
+            while messages := await process.read():
+                for message in messages:
+                    self._handle(message)
+        except FrameError as error:
+            log.error("engine process %d: %s", process.pid, error)
+        finally:
+            watch.cancel()
+            self._process = None
+            if served := self._state is EngineState.READY:
+                self._on_death()
+            await process.end(STOP_S if self._state is EngineState.CLOSED else REMAINS_S)
+        if not served:
+            raise EngineDied(f"the engine process ended at its start ({process.exit_text})")
+        log.error(
+            "engine process %d ended (%s) with %d requests in flight; starting another",
+            process.pid,
+            process.exit_text,
+            len(self._in_flight),
+        )
+
+    async def _next_process(self) -> EngineProcess:
+        """Take the spare process if it is fit, else start one. Raises EngineDied."""
+        if self._spare is not None and self._spare_task is not None:
+            process, self._spare = self._spare, None
+            self._spare_task.cancel()
+            await asyncio.wait([self._spare_task])
+            self._spare_task = None
+            return process
+        await self._end_spare()
+        try:
+            return await EngineProcess.spawn(self._command)
+        except OSError as error:
+            raise EngineDied(f"no engine process can be started: {error}") from error
+
+    async def _watch(self, process: EngineProcess) -> None:
+        """Kill the process when it hangs; its end is then noticed as any other."""
+        starvation = Starvation(process.pid)
+        then_s = time.monotonic()
+        hung = False
+        while not hung:
+            await asyncio.sleep(TICK_S)
+            now_s = time.monotonic()
+            elapsed_s = now_s - then_s
+            hung = self._watchdog.tick(elapsed_s, starvation.since_last_call(elapsed_s))
+            then_s = now_s
+        log.error(
+            "engine process %d made no progress for %.1f s; killing it",
+            process.pid,
+            self._watchdog.silent_s,
+        )
+        self._count(hangs=1)
+        process.kill()
+        await asyncio.sleep(REMAINS_S)
+        process.hang_up()
+
+    # What the process says
 
     def _handle(self, message: FromEngine) -> None:
-        self._last_progress_s = time.monotonic()
         match message:
-            case Step(deltas, stats):
-                self._stats = stats
-                for delta in deltas:
-                    self._deliver(delta)
+            case Step():
+                self._on_step(message)
+            case Working(silence_s) if self._state is EngineState.READY:
+                self._progress(silence_s)
+            case Working() | Prepared():
+                self._watchdog.loading()
             case Loading(stage, fraction):
+                self._watchdog.loading()
                 if self._on_progress is not None:
                     self._on_progress(stage, fraction)
             case Ready(info):
                 self._info = info
-                self._move(EngineState.READY)
-                if not self._started.done():
-                    self._started.set_result(None)
+                self._on_ready()
             case Failed(kind, text):
                 raise getattr(errors, kind, EngineError)(text)
 
-    def _deliver(self, delta: Delta) -> None:
-        stream = self._streams.get(delta.request_id)
-        if stream is None:
+    def _progress(self, allow_s: float = 0.0) -> None:
+        self._last_progress_s = time.monotonic()
+        self._watchdog.progress(allow_s)
+
+    def _on_step(self, step: Step) -> None:
+        # A frame alone proves little: a loop may go round without computing anything, or have lost
+        # a request. Progress is a step that was computed, an answer, or having nothing to do.
+        advanced = step.deltas or step.stats.steps != self._stats.steps
+        if advanced or not self._in_flight.num_submitted:
+            self._progress()
+        self._stats = step.stats
+        for delta in step.deltas:
+            self._in_flight.deliver(delta)
+        if step.deltas:
+            self._barren = 0
+            if self._died_s is not None:
+                self._on_recovery(self._died_s)
+            self._submit()
+
+    def _on_ready(self) -> None:
+        self._move(EngineState.READY)
+        self._progress()
+        if not self._started.done():
+            self._started.set_result(None)
+        self._submit()
+        if self._died_s is not None and not self._in_flight.num_submitted:
+            self._on_recovery(self._died_s)
+        if self._config.spare_process:
+            self._spare_task = asyncio.create_task(self._keep_spare(), name="engine-spare")
+
+    def _on_death(self) -> None:
+        self._move(EngineState.RESTARTING)
+        self._barren += 1
+        if self._died_s is None:
+            self._died_s = self._last_progress_s
+            loop = asyncio.get_running_loop()
+            loop.call_later(self._patience_s, self._lose_patience, self._died_s)
+        self._past = _sum(self._past, self._stats)
+        self._stats = EngineStats()
+        submitted = self._in_flight.num_submitted
+        given_up = self._in_flight.engine_died()
+        if given_up:
+            log.error("%d requests are given up: engines die while they compute them", given_up)
+        self._room = len(self._in_flight) + MAX_WAITING
+        self._count(replayed=min(submitted, len(self._in_flight)), given_up=given_up)
+
+    def _on_recovery(self, died_s: float) -> None:
+        """An engine computes again; how long its clients waited is from the last sign of life."""
+        duration_s = time.monotonic() - died_s
+        self._died_s = None
+        self._count(recovered=1, recovery_s=duration_s)
+        log.warning("engine process %s took over after %.2f s", self.pid, duration_s)
+
+    def _lose_patience(self, died_s: float) -> None:
+        if self._died_s != died_s:
             return
-        if delta.finish_reason is not None:
-            del self._streams[delta.request_id]
-        stream.push(delta)
+        if self._state is EngineState.READY:  # a process that may die as those before it did
+            loop = asyncio.get_running_loop()
+            loop.call_later(RESTART_DELAY_S, self._lose_patience, died_s)
+        elif self._state is EngineState.RESTARTING:
+            lost = self._in_flight.fail_all(
+                EngineDied(f"no engine came up within {self._patience_s:.0f} seconds")
+            )
+            self._count(given_up=lost)
 
-    async def _end_process(self) -> None:
-        """Close our end, which asks the process to stop, and make sure that it does."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        assert self._process is not None
+    def _count(self, **added: float) -> None:
+        self._recoveries = self._recoveries.plus(**added)
+
+    # The spare
+
+    async def _keep_spare(self) -> None:
+        """Have a process import what an engine needs; it waits as long as nobody configures it."""
+        await asyncio.sleep(SPARE_DELAY_S)
         try:
-            async with asyncio.timeout(5.0):
-                await self._process.wait()
-        except TimeoutError:
-            log.warning("engine process %d does not stop; killing it", self._process.pid)
-            self._process.kill()
-            await self._process.wait()
-        except asyncio.CancelledError:
-            self._process.kill()
-            raise
+            self._spare = spare = await EngineProcess.spawn(self._command)
+            while messages := await spare.read():
+                spare.prepared = spare.prepared or Prepared() in messages
+        except (OSError, FrameError) as error:
+            log.warning("no spare engine process: %s", error)
+        await self._discard_spare()
 
-    def _exit_text(self) -> str:
-        assert self._process is not None
-        code = self._process.returncode
-        return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+    async def _discard_spare(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.kill()
+            await spare.end(REMAINS_S)
+
+    async def _end_spare(self) -> None:
+        task, self._spare_task = self._spare_task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+        await self._discard_spare()
+
+
+def _sum(past: EngineStats, now: EngineStats) -> EngineStats:
+    """The figures of the living process, its counters on top of those before it."""
+    totals = {name: getattr(past, name) + getattr(now, name) for name in EngineStats.COUNTERS}
+    return msgspec.structs.replace(now, **totals)

@@ -10,7 +10,7 @@ from engine.link import HEARTBEAT_S, Abort, FromEngine, Step, Submit, ToEngine
 from engine.scheduler import Plan, Scheduler, StepOutput
 from engine.types import Delta, EngineStats, FinishReason, Request, Usage
 
-__all__ = ["Channel", "Core", "Forward"]
+__all__ = ["Channel", "Core", "Forward", "StepFailed", "is_lack_of_memory"]
 
 
 class Channel(Protocol):
@@ -31,6 +31,23 @@ class Forward(Protocol):
     def step(self, plan: Plan) -> StepOutput:
         """Compute the plan's rows and draw a token for those that sample."""
         ...
+
+
+class StepFailed(Exception):
+    """A step could not be computed; the reason is the cause of this error."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(
+            f"a step of {len(plan.rows)} requests with {plan.num_tokens} new tokens failed"
+        )
+
+
+def is_lack_of_memory(error: BaseException | None) -> bool:
+    """Whether this says that there was not enough memory, of the system's or of a device's."""
+    # torch has a type for a GPU's memory, but none for the CPU's.
+    names = [kind.__name__ for kind in type(error).__mro__]
+    typed = "MemoryError" in names or "OutOfMemoryError" in names
+    return typed or "can't allocate memory" in str(error)
 
 
 class Core:
@@ -65,12 +82,21 @@ class Core:
         started = time.perf_counter()
         plan = self._scheduler.plan()
         if plan.rows:
-            output = self._runner.step(plan)
+            output = self._compute(plan)
             deltas += self._scheduler.commit(plan, output)
             self._count_step(time.perf_counter() - started)
         elif self._check_integrity and not self._scheduler.has_work:
             self._scheduler.check_integrity()
         self._link.send(Step(deltas, self.stats()))
+
+    def _compute(self, plan: Plan) -> StepOutput:
+        try:
+            return self._runner.step(plan)
+        except Exception as error:
+            # Which of its requests is to blame is not known here, nor what the failed step left
+            # behind, least of all without memory. A new process has both clean, and whoever hands
+            # the requests on to it finds out which one kills engines.
+            raise StepFailed(plan) from error
 
     def stats(self) -> EngineStats:
         """Return the engine's figures as they stand."""
@@ -88,8 +114,8 @@ class Core:
         for message in self._link.receive(timeout_s):
             match message:
                 case Submit(request):
-                    if refusal := self._add(request):
-                        deltas.append(refusal)
+                    if last := self._add(request):
+                        deltas.append(last)
                 case Abort(request_id):
                     if last := self._scheduler.abort(request_id):
                         deltas.append(last)
@@ -98,22 +124,23 @@ class Core:
         return deltas
 
     def _add(self, request: Request) -> Delta | None:
+        """Take a request; returns its last delta if it is refused or has nothing left to do."""
         try:
-            if max(request.prompt_ids, default=0) >= self._vocab_size:
+            highest = max(max(request.prompt_ids, default=0), max(request.output_ids, default=0))
+            if highest >= self._vocab_size:
                 raise RequestError(
-                    f"token id {max(request.prompt_ids)} is not one of the model's "
-                    f"{self._vocab_size}: do tokenizer and model belong together?"
+                    f"token id {highest} is not one of the model's {self._vocab_size}: "
+                    "do tokenizer and model belong together?"
                 )
-            self._scheduler.add(request)
+            return self._scheduler.add(request)
         except RequestError as error:
             return Delta(
                 request_id=request.request_id,
                 token_ids=[],
                 finish_reason=FinishReason.ERROR,
-                usage=Usage(len(request.prompt_ids), 0, 0, 0),
+                usage=Usage(len(request.prompt_ids), 0, len(request.output_ids), 0),
                 error=str(error),
             )
-        return None
 
     def _count_step(self, duration_s: float) -> None:
         self._steps += 1

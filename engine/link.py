@@ -26,10 +26,12 @@ __all__ = [
     "Link",
     "LinkClosed",
     "Loading",
+    "Prepared",
     "Ready",
     "Step",
     "Submit",
     "ToEngine",
+    "Working",
     "encode_frame",
     "pop_frames",
 ]
@@ -59,6 +61,10 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     request_id: str
 
 
+class Prepared(msgspec.Struct, frozen=True, tag=True):
+    """Everything is imported: what remains of a start needs the configuration."""
+
+
 class Loading(msgspec.Struct, frozen=True, tag=True):
     """How far the start has come."""
 
@@ -86,8 +92,15 @@ class Step(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
+class Working(msgspec.Struct, frozen=True, tag=True):
+    """The loop is within a step and comes further."""
+
+    silence_s: float
+    """So long may pass until it says so again."""
+
+
 ToEngine = Configure | Submit | Abort
-FromEngine = Loading | Ready | Failed | Step
+FromEngine = Prepared | Loading | Ready | Failed | Step | Working
 
 
 class LinkClosed(Exception):

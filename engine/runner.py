@@ -20,6 +20,7 @@ from engine.loader import WeightSource
 from engine.memory import available_bytes, num_kv_blocks, zeroed_memory
 from engine.model_config import ModelConfig, read_model_config
 from engine.models import KVCache, Model, Workspace, family_of, kv_block_bytes
+from engine.pulse import Pulse
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.steps import Plan, StepOutput
@@ -41,6 +42,7 @@ class Runner:
     Args:
         config: what to load and how much memory to use.
         on_progress: called with what is going on and its finished fraction, 0 to 1.
+        pulse: told of every piece of a step that is done.
 
     Raises:
         CheckpointError: the model is missing, damaged or not supported.
@@ -51,7 +53,9 @@ class Runner:
         self,
         config: EngineConfig,
         on_progress: Callable[[str, float], None] = lambda stage, fraction: None,
+        pulse: Pulse | None = None,
     ) -> None:
+        self._pulse = Pulse() if pulse is None else pulse
         directory = resolve_model(config.model, on_progress)
         model_config = read_model_config(directory)
         defaults = read_sampling_defaults(directory)
@@ -75,7 +79,14 @@ class Runner:
             # 16-bit activations would cost a CPU conversions and gain it nothing.
             act = torch.float32 if self._device.type == "cpu" else source.dtype
             max_rows = min(config.max_num_seqs, config.max_num_tokens)
-            self._work = Workspace(model_config, config.max_num_tokens, max_rows, act, self._device)
+            self._work = Workspace(
+                model_config,
+                config.max_num_tokens,
+                max_rows,
+                act,
+                self._device,
+                beat=self._pulse.beat,
+            )
             self._cache = _allocate_cache(
                 config, model_config, max_model_len, source.dtype, self._device
             )
@@ -106,6 +117,7 @@ class Runner:
         """Compute the plan's rows and draw a token for those that sample."""
         if not plan.rows:
             return StepOutput([], [], {})
+        self._pulse.begin(plan.num_tokens)
         batch = self._builder.build(plan)
         self._sampler.enter(batch)
         hidden = self._model.hidden(batch, self._cache, self._work)  # [W, E]
@@ -119,6 +131,7 @@ class Runner:
 
     def _logits(self, hidden: torch.Tensor, start: int, end: int) -> torch.Tensor:
         """Logits ``[end - start, V]`` of these output rows, valid until the next call."""
+        self._pulse.beat()
         out = self._work.logits[: end - start]
         self._model.logits(hidden[start:end], out)
         return out

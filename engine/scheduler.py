@@ -113,8 +113,10 @@ class Scheduler:
             "preemptions": self._preemptions,
         }
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request) -> Delta | None:
         """Let a request wait for its turn.
+
+        Returns its last delta if nothing is left to generate: its ``output_ids`` were complete.
 
         Raises RequestError for an id that is in flight, a prompt that is empty or not made of token
         ids, or a request that could never fit into the KV cache; PromptTooLong for a prompt that
@@ -137,10 +139,13 @@ class Scheduler:
                 f"not fit into the KV cache; ask for {self._cache.max_tokens + 1} in all at most",
                 param="max_tokens",
             )
+        if request.output_ids and (reason := state.finish_reason):
+            return _last_delta(state, reason)
         self._arrivals += 1
         self._requests[request.request_id] = state
         state.account = self._accounts.enter(state)
         self._accounts.push(state)
+        return None
 
     def abort(self, request_id: str) -> Delta | None:
         """End a request now and free its blocks; its part of a step in flight will be ignored.
@@ -248,7 +253,7 @@ class Scheduler:
         if not 0 < request.weight < inf:
             raise RequestError(f"weight is {request.weight}; it must be > 0", param="weight")
         try:
-            array("I", request.prompt_ids)
+            array("I", request.prompt_ids + request.output_ids)
         except (OverflowError, TypeError) as error:
             message = f"the prompt is not made of token ids: {error}"
             raise RequestError(message, param="prompt") from None
@@ -448,11 +453,7 @@ class Scheduler:
         token_ids.append(token_id)
         counts = state.output_counts
         counts[token_id] = counts.get(token_id, 0) + 1
-        reason = None
-        if token_id in state.stop_ids and state.num_output > state.request.sampling.min_tokens:
-            reason = FinishReason.STOP
-        elif len(token_ids) >= state.max_len:
-            reason = FinishReason.LENGTH
+        reason = state.finish_reason
         prompt_logprobs, state.prompt_logprobs = state.prompt_logprobs, None
         if reason is not None:
             self._finish(state)
@@ -483,16 +484,20 @@ class Scheduler:
         else:
             self._accounts.remove(state)
         self._finish(state)
-        return Delta(
-            request_id=request_id,
-            token_ids=[],
-            finish_reason=reason,
-            usage=state.usage,
-            error=error,
-        )
+        return _last_delta(state, reason, error)
 
 
 def _has_company(state: RequestState, running: list[RequestState]) -> bool:
     """Whether another tenant's request runs, too."""
     tenant = state.request.tenant
     return any(other.request.tenant != tenant for other in running)
+
+
+def _last_delta(state: RequestState, reason: FinishReason, error: str | None = None) -> Delta:
+    return Delta(
+        request_id=state.request.request_id,
+        token_ids=[],
+        finish_reason=reason,
+        usage=state.usage,
+        error=error,
+    )

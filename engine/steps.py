@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from enum import Enum
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 from engine.blocks import InvariantError
 from engine.cache import Holding
 from engine.fairness import Account
-from engine.types import Request, TokenLogprobs, Usage
+from engine.types import FinishReason, Request, TokenLogprobs, Usage
 
 __all__ = ["Phase", "Plan", "RequestState", "Row", "StepOutput"]
 
@@ -80,8 +81,8 @@ class RequestState:
         self.account: Account
         self.request = request
         self.order = (request.priority, arrival)
-        self.token_ids = list(request.prompt_ids)
-        self.num_prompt = len(self.token_ids)
+        self.token_ids = request.prompt_ids + request.output_ids
+        self.num_prompt = len(request.prompt_ids)
         self.num_computed = 0
         self.num_cached = 0
         self.holding = holding
@@ -90,11 +91,11 @@ class RequestState:
         self.stop_ids = frozenset(sampling.stop_token_ids).union(
             () if sampling.ignore_eos else eos_token_ids
         )
-        self.output_counts: dict[int, int] = {}
+        self.output_counts: dict[int, int] = dict(Counter(request.output_ids))
         self.num_preemptions = 0
         self.prompt_seen = 0
         self.prompt_logprobs: list[TokenLogprobs] | None = (
-            None if sampling.prompt_logprobs is None else []
+            None if sampling.prompt_logprobs is None or request.output_ids else []
         )
 
     @property
@@ -111,6 +112,17 @@ class RequestState:
     def wants_prompt_logprobs(self) -> bool:
         """Whether entries of its prompt are still missing."""
         return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt - 1
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why its newest token ends it; None: it does not.
+
+        End and stop tokens do so only once ``min_tokens`` were generated before them.
+        """
+        token_ids = self.token_ids
+        if token_ids[-1] in self.stop_ids and self.num_output > self.request.sampling.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(token_ids) >= self.max_len else None
 
     @property
     def usage(self) -> Usage:

@@ -7,6 +7,7 @@ server and the engine process, it validates on decoding, and it never holds a te
 from __future__ import annotations
 
 from enum import Enum
+from typing import ClassVar
 
 import msgspec
 
@@ -15,6 +16,7 @@ __all__ = [
     "EngineStats",
     "FinishReason",
     "ModelInfo",
+    "Recoveries",
     "Request",
     "SamplingDefaults",
     "SamplingParams",
@@ -72,6 +74,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_ids: list[int]
     """At least one token id of the model's vocabulary."""
     sampling: SamplingParams
+    output_ids: list[int] = []
+    """Tokens of the answer that are known already, from an engine that died for instance: this one
+    goes on after them as if it had generated them itself. They count as completion tokens and
+    towards ``max_tokens`` and penalties; deltas bring neither them nor their log-probabilities, and
+    no ``prompt_logprobs``, which came with the first of them."""
     priority: int = 0
     """Lower goes first; equal priorities go in order of arrival."""
     cache_salt: str = ""
@@ -148,6 +155,16 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """State of the engine after a step; counters only grow while the engine process lives."""
 
+    COUNTERS: ClassVar = (
+        "steps",
+        "prompt_tokens",
+        "cached_tokens",
+        "queried_tokens",
+        "generation_tokens",
+        "preemptions",
+        "busy_s",
+    )
+
     waiting: int = 0
     running: int = 0
     num_blocks: int = 0
@@ -169,3 +186,27 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Duration of the last step, seconds."""
     busy_s: float = 0.0
     """Seconds spent in steps."""
+
+
+class Recoveries(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of engine processes that died while they served; all of it only grows."""
+
+    restarts: int = 0
+    """Engine processes started after the first, those included whose start failed."""
+    hangs: int = 0
+    """Processes that were killed because they made no progress."""
+    replayed: int = 0
+    """Requests in flight at a death that were handed to the next process; once for each death."""
+    given_up: int = 0
+    """Requests that ended with EngineDied."""
+    recovered: int = 0
+    """Deaths after which a process computed again."""
+    recovery_s: float = 0.0
+    """Seconds these took together, from the last sign of life to the next token; where no request
+    was in flight, to a process that serves."""
+
+    def plus(self, **added: float) -> Recoveries:
+        """Return these figures with some increased."""
+        return msgspec.structs.replace(
+            self, **{name: getattr(self, name) + value for name, value in added.items()}
+        )

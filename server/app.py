@@ -12,6 +12,7 @@ from aiohttp import WSCloseCode, web
 from aiohttp.typedefs import Handler, Middleware
 
 from engine import Tokenizer
+from server.control import Control
 from server.crash import log_crash
 from server.errors import ApiError
 from server.guard.connections import ConnectionLimits, Connections
@@ -20,8 +21,8 @@ from server.guard.keys import KeyRing
 from server.guard.limits import Limits
 from server.guard.origins import Origins
 from server.guard.queue import WaitingTurns
+from server.idempotency import Idempotency
 from server.journals import Journals
-from server.metering.enginewatch import EngineWatch
 from server.metering.ledger import Ledger
 from server.metering.loopwatch import LoopWatch
 from server.metering.metrics import Metrics
@@ -43,8 +44,10 @@ from server.sessions import Sessions
 from server.settings import ServerSettings
 from server.state import (
     CONNECTIONS,
+    CONTROL,
     ENGINE,
     GATE,
+    IDEMPOTENCY,
     JOURNALS,
     KEYS,
     METRICS,
@@ -54,10 +57,12 @@ from server.state import (
     SETTINGS,
     SOCKETS,
     STORE,
+    TAKEOVER,
     TOKENIZER,
     TURNS,
 )
-from server.store import Store, StoreError
+from server.store import Store, StoreError, StoreKind
+from server.takeover import Takeover
 from server.transports.websocket import KEY_PROTOCOL
 from server.turns import Turns
 
@@ -143,34 +148,41 @@ def _assemble(
         ),
         metrics,
     )
-    app[TURNS] = Turns(
+    turns = app[TURNS] = Turns(
         engine,
         tokenizer,
         journals,
         sessions,
         metrics,
+        store,
         gate=app[GATE],
         max_live=settings.max_live_turns,
         retention_s=settings.retention_s,
         unstored_retention_s=settings.unstored_retention_s,
     )
+    app[CONTROL] = Control(store, journals, turns)
+    app[IDEMPOTENCY] = Idempotency(store, journals.replicas)
+    app[TAKEOVER] = Takeover(store, journals, turns, app[METRICS])
 
 
 async def _run(app: web.Application) -> AsyncIterator[None]:
     """Run what belongs to the application from its start to its cleanup."""
     loop_watch = LoopWatch(app[METRICS])
-    engine_watch = EngineWatch(app[METRICS], lambda: app[ENGINE].stats)
     await app[JOURNALS].start()
+    app[CONTROL].start()
+    # A store in this process's memory has no other servers.
+    if app[STORE].kind is not StoreKind.MEMORY:
+        app[TAKEOVER].start()
     loop_watch.start()
-    engine_watch.start()
     app[GATE].start(app[TURNS].show_place)
     yield
+    await app[TAKEOVER].close()
     await app[TURNS].drain(0.0)
+    await app[CONTROL].close()
     app[TURNS].close()
     await app[GATE].close()
     await app[JOURNALS].close()
     loop_watch.stop()
-    engine_watch.stop()
 
 
 async def _close_sockets(app: web.Application) -> None:

@@ -78,11 +78,15 @@ class Conversations:
         self._retention_s = retention_s
 
     async def create(
-        self, owner: str, metadata: dict[str, str], items: Sequence[Item]
+        self,
+        owner: str,
+        metadata: dict[str, str],
+        items: Sequence[Item],
+        conversation_id: str | None = None,
     ) -> ConversationRecord:
-        """Create a conversation, with items to begin with."""
+        """Create a conversation, with items to begin with; without an id it gets a fresh one."""
         record = ConversationRecord(
-            conversation_id=new_id("conv"),
+            conversation_id=conversation_id or new_id("conv"),
             owner=owner,
             created_at=int(time.time()),
             metadata=metadata,
@@ -91,6 +95,11 @@ class Conversations:
         if items:
             await self.append(record.conversation_id, items)
         return record
+
+    async def exists(self, conversation_id: str) -> bool:
+        """Return whether there is a conversation, whoever it belongs to."""
+        with reaching():
+            return bool(await self._redis.exists(self._key(conversation_id)))
 
     async def get(self, conversation_id: str, owner: str) -> ConversationRecord:
         """Return a conversation."""
@@ -181,15 +190,33 @@ class Conversations:
             try:
                 await pipe.watch(key)
                 holder = cast(bytes | None, await pipe.get(key))
-                replica = holder.decode().partition(":")[0] if holder else ""
+                replica, _, turn_id = holder.decode().partition(":") if holder else ("", "", "")
                 if await self._journals.lives(replica):
                     return False
+                if turn_id and not await self._journals.stored.abandoned(turn_id):
+                    return False  # Another server is about to go on with it.
                 pipe.multi()  # type: ignore[no-untyped-call]
                 pipe.set(key, mine, ex=OPEN_KEEP_S)
                 await pipe.execute()
             except WatchError:
                 return False
         return True
+
+    async def adopt(self, conversation_id: str, turn_id: str) -> None:
+        """Hold for this server the claim of a turn that it has taken over."""
+        key = self._key(conversation_id, "turn")
+        with reaching():
+            async with self._redis.pipeline(transaction=True) as pipe:
+                try:
+                    await pipe.watch(key)
+                    holder = cast(bytes | None, await pipe.get(key))
+                    if holder is None or holder.decode().partition(":")[2] != turn_id:
+                        return
+                    pipe.multi()  # type: ignore[no-untyped-call]
+                    pipe.set(key, f"{self._journals.replica_id}:{turn_id}", ex=OPEN_KEEP_S)
+                    await pipe.execute()
+                except WatchError:
+                    return
 
     async def release(self, conversation_id: str, turn_id: str) -> None:
         """Give a conversation back, if ``turn_id`` has it."""
@@ -210,6 +237,11 @@ class Conversations:
         numbers = self._key(conversation_id, "numbers")
         with reaching():
             if not await self._redis.exists(self._key(conversation_id)):
+                return
+            # Of an attempt whose answer got lost they may be there already.
+            known = await self._redis.zmscore(order, [item["id"] for item in items])
+            items = [item for item, at in zip(items, known, strict=True) if at is None]
+            if not items:
                 return
             count = await self._redis.zcard(order)
             if count + len(items) > MAX_ITEMS:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
+
+import msgspec
 
 from server.events import Event, ResponseCancelled, ResponseCompleted, ResponseIncomplete
 from server.response_object import failed_event
@@ -11,11 +13,13 @@ from server.response_object import failed_event
 __all__ = ["Ending", "terminal_event"]
 
 
-class Ending(NamedTuple):
-    """How a turn ended; an ``error`` is (code, message)."""
+class Ending(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """How a turn ended; an ``error`` is (code, message). Stored beside the events it makes."""
 
     status: str
     error: tuple[str, str] | None = None
+    reason: str | None = None
+    """Why it is incomplete: "max_output_tokens" or "deadline"."""
 
 
 def terminal_event(ending: Ending, response: Mapping[str, Any]) -> Event:

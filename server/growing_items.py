@@ -19,9 +19,9 @@ from server.events import (
     TokenLogprob,
 )
 from server.response_object import (
+    derived_id,
     function_call_item,
     message_item,
-    new_id,
     output_text,
     reasoning_item,
 )
@@ -59,9 +59,9 @@ class GrowingItem(Protocol):
 class MessageItem:
     """Text for the user."""
 
-    def __init__(self, output_index: int) -> None:
+    def __init__(self, turn_id: str, output_index: int) -> None:
         self.output_index = output_index
-        self._id = new_id("msg")
+        self._id = derived_id("msg", turn_id, output_index)
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
 
@@ -118,9 +118,9 @@ class MessageItem:
 class ReasoningItem:
     """What the model thought before it answered. It has no place for log-probabilities."""
 
-    def __init__(self, output_index: int) -> None:
+    def __init__(self, turn_id: str, output_index: int) -> None:
         self.output_index = output_index
-        self._id = new_id("rs")
+        self._id = derived_id("rs", turn_id, output_index)
         self._texts: list[str] = []
 
     def begin(self) -> list[Event]:
@@ -173,12 +173,12 @@ class ReasoningItem:
 class CallItem:
     """A call of a function. It has no place for log-probabilities."""
 
-    def __init__(self, output_index: int, name: str) -> None:
+    def __init__(self, turn_id: str, output_index: int, name: str) -> None:
         self.output_index = output_index
         self.complete = False
         """Whether its arguments are closed."""
-        self._id = new_id("fc")
-        self._call_id = new_id("call")
+        self._id = derived_id("fc", turn_id, output_index)
+        self._call_id = derived_id("call", turn_id, output_index)
         self._name = name
         self._texts: list[str] = []
 

@@ -1,19 +1,25 @@
 """The event log of a turn: append-only, in Redis before any client sees it.
 
 An event's sequence number is its place in the log, dense from 0. In Redis the log is a stream whose
-entry ids are ``<sequence number + 1>-0``: appending the same event again is refused by Redis, so a
-write whose answer got lost can simply be repeated. All turns of the process share one writer, which
-takes everything that is pending into one pipelined round trip; with continuous batching that is one
-a step of the engine.
+entry ids are ``<generation>-<sequence number + 1>``: appending the same event again is refused by
+Redis, so a write whose answer got lost can simply be repeated. A turn has a new generation each
+time that another replica takes it over; its first entry, ``<generation>-0``, makes Redis refuse
+whatever an earlier owner that was only slow still sends. All turns of the process share one writer,
+which takes everything that is pending into one pipelined round trip; with continuous batching that
+is one a step of the engine.
 
 While a turn runs here, its log is also in memory and followers read that, each at its own pace.
 What they may see ends where Redis has confirmed. Other turns are read from Redis.
+
+Beside an event stands what made it (``note``): the engine's deltas, so that another replica can
+bring a new ``Turn`` to the same state by letting it see them again. A journal that is given such a
+log checks that the same events come, places in the queue apart, and goes on where the log ends.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -24,10 +30,21 @@ from server.events import (
     Event,
     OutputTextDelta,
     ResponseFailed,
+    ResponseQueued,
     encode_event,
 )
 
-__all__ = ["Entry", "Journal", "JournalBroken", "JournalError", "JournalState", "merge_deltas"]
+__all__ = [
+    "Entry",
+    "Journal",
+    "JournalBroken",
+    "JournalError",
+    "JournalMismatch",
+    "JournalMoved",
+    "JournalState",
+    "Kept",
+    "merge_deltas",
+]
 
 LAG_EVENTS = 64
 """A follower that is this far behind gets adjacent text deltas merged."""
@@ -51,53 +68,135 @@ class JournalBroken(JournalError):
     """The log was ended from outside: the store is gone, or another replica ended the turn."""
 
 
+class JournalMoved(JournalBroken):
+    """Another replica has taken the turn over; what is left of it here has nothing more to say."""
+
+
+class JournalMismatch(JournalError):
+    """A turn that is brought to the state its log tells of says something else than the log."""
+
+
 class Entry(NamedTuple):
     """An event with its JSON, encoded once for the store and every follower."""
 
     event: Event
     data: bytes
+    notes: bytes | None = None
+    """What made it, for whoever takes the turn over; None: nothing new since the event before."""
+
+
+class Kept(NamedTuple):
+    """What is stored beside a log: ``view`` as long as the log, ``work`` while the turn runs."""
+
+    view: bytes
+    work: bytes
 
 
 Failure = Callable[[str, str], ResponseFailed]
 """(code, message) to the terminal event that ends this turn with that error."""
+Elsewhere = Callable[[int], AsyncIterator[list[Entry]]]
+"""Reads on from the store after a sequence number (-1: all), when the turn runs elsewhere."""
+
+_encode_notes = msgspec.msgpack.Encoder().encode
 
 
 class Journal:
     """The log of one turn of this process."""
 
     def __init__(
-        self, turn_id: str, keep_s: int, failure: Failure, on_append: Callable[[Journal], None]
+        self,
+        turn_id: str,
+        keep_s: int,
+        failure: Failure,
+        on_append: Callable[[Journal], None],
+        *,
+        elsewhere: Elsewhere,
+        kept: Kept | None = None,
+        generation: int = 0,
+        log: Sequence[Entry] = (),
     ) -> None:
         self.turn_id = turn_id
         self.keep_s = keep_s
         """How long the store keeps the log after its end."""
+        self.kept = kept
+        self.generation = generation
         self.state = JournalState.OPEN
         self.broken = False
         """Ended from outside; the turn has nothing more to say."""
+        self.moved = False
+        """Broken because another replica runs the turn."""
+        self.on_moved: Callable[[], None] = lambda: None
         self._failure = failure
         self._on_append = on_append
-        self._log: list[Entry] = []
-        self._num_visible = 0
+        self._elsewhere = elsewhere
+        self._log: list[Entry] = list(log)
+        self._rehearsed = 0
+        """Of the events this journal began with, those that its turn has said again."""
+        self._num_given = len(self._log)
+        self._pass_over()
+        self._num_visible = self._num_written = len(self._log)
+        self._notes: list[object] = []
         self._waiters: set[asyncio.Future[None]] = set()
+
+    def note(self, what: object) -> None:
+        """Store ``what`` (msgpack-able) beside the next event: it is about to make it."""
+        if self._rehearsed == self._num_given:
+            self._notes.append(what)
 
     def append(self, event: Event) -> Entry:
         """Give ``event`` the next sequence number and queue it for the store.
 
         Raises JournalError after the terminal event, JournalBroken if the log was ended from
-        outside.
+        outside, JournalMismatch if the log the journal began with has something else here.
         """
+        if self._rehearsed < self._num_given:
+            return self._rehearse(event)
+        if self.moved:
+            raise JournalMoved(f"{self.turn_id} runs on another replica")
         if self.state is JournalState.SEALED:
             last = type(self._log[-1].event).__name__
             error = JournalBroken if self.broken else JournalError
             raise error(
                 f"{self.turn_id} has ended with {last}; {type(event).__name__} cannot follow"
             )
-        entry = _entry(event, len(self._log))
+        entry = _entry(event, len(self._log), self._take_notes())
         self._log.append(entry)
         if isinstance(event, TERMINAL_EVENTS):
             self.state = JournalState.SEALED
         self._on_append(self)
         return entry
+
+    def _take_notes(self) -> bytes | None:
+        if not self._notes:
+            return None
+        notes, self._notes = self._notes, []
+        return _encode_notes(notes)
+
+    def _rehearse(self, event: Event) -> Entry:
+        entry = self._log[self._rehearsed]
+        said = _entry(event, self._rehearsed)
+        if said.data != entry.data:
+            raise JournalMismatch(
+                f"event {self._rehearsed} of {self.turn_id} is a {type(entry.event).__name__}, but "
+                f"this server makes another {type(event).__name__} of the same tokens"
+            )
+        self._rehearsed += 1
+        self._pass_over()
+        return entry
+
+    def _pass_over(self) -> None:
+        """Take as said what no turn says again: its places in the queue, which come of the time."""
+        while not self.rehearsed and isinstance(self._log[self._rehearsed].event, ResponseQueued):
+            self._rehearsed += 1
+
+    @property
+    def rehearsed(self) -> bool:
+        """Whether all events that the journal began with have been said again."""
+        return self._rehearsed == self._num_given
+
+    def give_up_rehearsal(self) -> None:
+        """Append after the log as it is, though its turn did not come to say the same."""
+        self._rehearsed = self._num_given
 
     def __len__(self) -> int:
         return len(self._log)
@@ -111,13 +210,29 @@ class Journal:
         """Return the whole log, confirmed or not."""
         return self._log.copy()
 
+    @property
+    def num_written(self) -> int:
+        """How many events the store has, as far as is known."""
+        return self._num_written
+
     def unwritten(self) -> list[Entry]:
         """Return what the store has not confirmed."""
-        return self._log[self._num_visible :]
+        return self._log[self._num_written :]
+
+    def rewind(self, num_written: int) -> None:
+        """The store has only the first ``num_written`` events: the rest is to be written again."""
+        if num_written < self._num_written:
+            self._num_written = num_written
+            self._on_append(self)
 
     def confirm(self, num_written: int) -> None:
         """Let followers see the first ``num_written`` events."""
-        self._num_visible = num_written
+        self._num_written = num_written
+        # What was shown once stays shown while it is written again.
+        self._num_visible = max(num_written, self._num_visible)
+        self._notify()
+
+    def _notify(self) -> None:
         waiters, self._waiters = self._waiters, set()
         for waiter in waiters:
             if not waiter.done():
@@ -133,20 +248,32 @@ class Journal:
 
         What is unwritten was never shown and is dropped.
         """
+        if self.moved:
+            return
         del self._log[self._num_visible :]
         if not self._log or not isinstance(self._log[-1].event, TERMINAL_EVENTS):
             self._log.append(_entry(self._failure(code, message), len(self._log)))
         self._break(len(self._log))
 
+    def move(self) -> None:
+        """Another replica has the turn: followers read on from the store, the turn stops here."""
+        if self.moved:
+            return
+        del self._log[self._num_visible :]
+        self.moved = True
+        self._break(len(self._log))
+        self.on_moved()
+
     def _break(self, num_visible: int) -> None:
         self.state = JournalState.SEALED
         self.broken = True
+        self._rehearsed = self._num_given
         self.confirm(num_visible)
 
     async def written(self) -> None:
         """Wait until everything appended so far is confirmed."""
         target = len(self._log)
-        while self._num_visible < min(target, len(self._log)):
+        while self._num_written < min(target, len(self._log)):
             await self._changed()
 
     async def _changed(self) -> None:
@@ -171,6 +298,10 @@ class Journal:
                 position += len(ready)
                 late = caught_up and len(ready) >= LAG_EVENTS
                 yield merge_deltas(ready) if late else ready
+            elif self.moved:
+                async for batch in self._elsewhere(position - 1):
+                    yield batch
+                return
             elif self.state is JournalState.SEALED and self._num_visible == len(self._log):
                 return
             else:
@@ -178,10 +309,10 @@ class Journal:
                 await self._changed()
 
 
-def _entry(event: Event, sequence_number: int) -> Entry:
+def _entry(event: Event, sequence_number: int, notes: bytes | None = None) -> Entry:
     # The event is the journal's from here on; nobody else has a reason to hold it.
     msgspec.structs.force_setattr(event, "sequence_number", sequence_number)
-    return Entry(event, encode_event(event))
+    return Entry(event, encode_event(event), notes)
 
 
 def merge_deltas(entries: list[Entry]) -> list[Entry]:

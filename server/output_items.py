@@ -24,17 +24,25 @@ class OutputItems:
     """All items of one choice.
 
     Args:
+        turn_id: what the items' ids are made of.
         first_index: ``output_index`` of the first; each next one has ``stride`` more.
         parser: parts the text; None: all of it is one message.
         one_call: nothing follows the first call.
     """
 
     def __init__(
-        self, first_index: int, stride: int, parser: QwenParser | None, *, one_call: bool = False
+        self,
+        turn_id: str,
+        first_index: int,
+        stride: int,
+        parser: QwenParser | None,
+        *,
+        one_call: bool = False,
     ) -> None:
         self.num_calls = 0
         """Calls whose arguments are closed."""
         self.num_reasoning_tokens = 0
+        self._turn_id = turn_id
         self._one_call = one_call
         self._next_index = first_index
         self._stride = stride
@@ -94,7 +102,7 @@ class OutputItems:
                 self._take(piece, run)
             run.flush()
         if not self.begun:
-            events += self._begin(MessageItem(self._take_index()))
+            events += self._begin(MessageItem(self._turn_id, self._take_index()))
         if self._open is not None and (self._waiting.token_ids or self._waiting.logprobs):
             events.append(self._open.add(self._claim("")))
         return events
@@ -131,7 +139,7 @@ class OutputItems:
                 run.add(self._opened(ReasoningItem, run), self._claim(text))
             case CallBegin(name):
                 run.flush()
-                run.events += self._begin(CallItem(self._take_index(), name))
+                run.events += self._begin(CallItem(self._turn_id, self._take_index(), name))
             case CallArguments(text):
                 assert self._open is not None
                 run.add(self._open, self._claim(text))
@@ -143,7 +151,7 @@ class OutputItems:
     def _opened(self, kind: type[MessageItem | ReasoningItem], run: _Run) -> GrowingItem:
         if not isinstance(self._open, kind):
             run.flush()
-            run.events += self._begin(kind(self._take_index()))
+            run.events += self._begin(kind(self._turn_id, self._take_index()))
         assert self._open is not None
         return self._open
 

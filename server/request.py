@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-__all__ = ["OnDisconnect", "SamplingOptions", "ToolOptions", "TurnRequest"]
+__all__ = ["OnDisconnect", "SamplingOptions", "Shape", "ToolOptions", "TurnRequest"]
 
-OnDisconnect = Literal["cancel", "finish"]
+OnDisconnect = Literal["cancel", "finish", "linger"]
+
+
+class Shape(NamedTuple):
+    """What the caller wants to see beyond the answer; it changes nothing about the turn."""
+
+    include_usage: bool = False
+    """End the stream with a chunk that holds the usage."""
+    continuous_usage: bool = False
+    """Put the usage so far into every chunk."""
+    token_ids: bool = False
 
 
 class SamplingOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,7 +105,12 @@ class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool = True
     store: bool = False
     on_disconnect: OnDisconnect = "cancel"
-    """What happens when the client that started the turn leaves."""
+    """What happens when the last client that follows the turn leaves before its end."""
+    linger_s: float = 0.0
+    """With "linger": how long the turn goes on without anybody, in seconds."""
+    shape: Shape = Shape()
+    system_fingerprint: str = ""
+    """Of the server that was asked: a stream shows the same one to its end, wherever it is read."""
     owner: str = ""
     """Digest of the caller's API key, or "" where none is needed; what is stored belongs to it."""
     response_fields: dict[str, Any] = {}

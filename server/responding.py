@@ -38,13 +38,14 @@ async def begin(
     turns: Turns,
     sessions: Sessions,
     recent: Mapping[str, Items] | None = None,
+    turn_id: str | None = None,
 ) -> Begun:
     """Load the history, claim the conversation and start the turn.
 
     ``recent`` are the items of responses that are not stored but known to the caller's connection.
     Raises ApiError, StoreError; nothing is left claimed then.
     """
-    turn_id = new_id("resp")
+    turn_id = turn_id or new_id("resp")
     previous_ids: list[str] = []
     history: Items = []
     conversation_id = parsed.conversation_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import orjson
 from server.events import ResponseFailed, TokenLogprob
 
 __all__ = [
+    "derived_id",
     "error_event",
     "failed_event",
     "function_call_item",
@@ -28,6 +30,12 @@ __all__ = [
 def new_id(prefix: str) -> str:
     """Return a fresh id that cannot be guessed: the prefix and 128 random bits."""
     return f"{prefix}_{secrets.token_hex(16)}"
+
+
+def derived_id(prefix: str, turn_id: str, number: int) -> str:
+    """Return the id of a turn's ``number``-th part: the same on every server that makes it."""
+    digest = hashlib.blake2b(f"{turn_id}/{prefix}/{number}".encode(), digest_size=16)
+    return f"{prefix}_{digest.hexdigest()}"
 
 
 def response_object(

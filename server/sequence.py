@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
+import msgspec
+
 from engine import (
     Delta,
     EngineError,
     EngineState,
     EngineStats,
     ModelInfo,
+    Recoveries,
     Request,
     RequestStream,
     Tokenizer,
@@ -40,6 +43,10 @@ class Engine(Protocol):
         """The engine's latest figures."""
 
     @property
+    def recoveries(self) -> Recoveries:
+        """What became of engines that died."""
+
+    @property
     def last_progress_s(self) -> float:
         """``time.monotonic()`` of the engine's latest sign of life."""
 
@@ -60,20 +67,29 @@ class EngineSequence:
         self.choice = choice
         self.prompt_ids = prompt_ids
         self.request = request
+        self.known_ids: list[int] = []
+        """Tokens that were generated elsewhere, before the turn was taken over."""
         self._stream: RequestStream | None = None
 
     def submit(self, engine: Engine) -> None:
         """Hand the request to the engine. Raises EngineError."""
         self._stream = engine.generate(self.request)
 
+    def go_on(self, engine: Engine) -> None:
+        """Hand it in with what was generated elsewhere, unless it has ended. Raises EngineError."""
+        if self.choice.phase is not Phase.CLOSED:
+            self.request = msgspec.structs.replace(self.request, output_ids=self.known_ids)
+            self.submit(engine)
+
     async def leave(self) -> None:
-        """Abort what the engine still does."""
+        """Abort what the engine still does. Idempotent."""
         if self._stream is not None:
             await self._stream.aclose()
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """Yield what the engine sends; how it ends no longer matters once the choice is closed."""
-        assert self._stream is not None
+        if self._stream is None:
+            return  # Taken over after its end.
         try:
             async for delta in self._stream:
                 yield delta
@@ -126,6 +142,7 @@ class SequenceMaker:
             end = self._tokenizer.decode(prompt_ids[-16:], skip_special=False).rstrip()
             parser = QwenParser(tools=request.tools.active, reasoning=end.endswith("<think>"))
         items = OutputItems(
+            self._turn_id,
             first_index,
             stride,
             parser,

@@ -62,6 +62,11 @@ class Sessions:
         if request.conversation_id is not None:
             await self._end_in_conversation(request.conversation_id, request, response)
 
+    async def adopt(self, request: TurnRequest, turn_id: str) -> None:
+        """Hold the conversation of a turn that was taken over from a dead server."""
+        if request.conversation_id is not None:
+            await self.conversations.adopt(request.conversation_id, turn_id)
+
     async def _end_in_conversation(
         self, conversation_id: str, request: TurnRequest, response: dict[str, Any]
     ) -> None:

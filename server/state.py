@@ -5,21 +5,26 @@ from __future__ import annotations
 from aiohttp import web
 
 from engine import Tokenizer
+from server.control import Control
 from server.guard.connections import Connections
 from server.guard.gate import Gate
 from server.guard.keys import KeyRing
+from server.idempotency import Idempotency
 from server.journals import Journals
 from server.metering.metrics import Metrics
 from server.sequence import Engine
 from server.sessions import Sessions
 from server.settings import ServerSettings
 from server.store import Store
+from server.takeover import Takeover
 from server.turns import Turns
 
 __all__ = [
     "CONNECTIONS",
+    "CONTROL",
     "ENGINE",
     "GATE",
+    "IDEMPOTENCY",
     "JOURNALS",
     "KEYS",
     "METRICS",
@@ -29,6 +34,7 @@ __all__ = [
     "SETTINGS",
     "SOCKETS",
     "STORE",
+    "TAKEOVER",
     "TOKENIZER",
     "TURNS",
 ]
@@ -40,6 +46,9 @@ JOURNALS: web.AppKey[Journals] = web.AppKey("journals", Journals)
 SESSIONS: web.AppKey[Sessions] = web.AppKey("sessions", Sessions)
 TURNS: web.AppKey[Turns] = web.AppKey("turns", Turns)
 METRICS: web.AppKey[Metrics] = web.AppKey("metrics", Metrics)
+CONTROL: web.AppKey[Control] = web.AppKey("control", Control)
+TAKEOVER: web.AppKey[Takeover] = web.AppKey("takeover", Takeover)
+IDEMPOTENCY: web.AppKey[Idempotency] = web.AppKey("idempotency", Idempotency)
 SETTINGS: web.AppKey[ServerSettings] = web.AppKey("settings", ServerSettings)
 KEYS: web.AppKey[KeyRing] = web.AppKey("keys", KeyRing)
 

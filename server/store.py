@@ -22,7 +22,7 @@ from redis.retry import Retry
 
 from server.redis_child import RedisChild, RedisChildError
 
-__all__ = ["Store", "StoreError", "StoreKind", "reaching"]
+__all__ = ["Store", "StoreError", "StoreKind", "StoreUnavailable", "reaching"]
 
 log = logging.getLogger("millrace.store")
 
@@ -46,6 +46,10 @@ class StoreKind(Enum):
 
 class StoreError(Exception):
     """The store cannot be reached, or refuses to serve."""
+
+
+class StoreUnavailable(StoreError):
+    """The store does not answer now; it may later."""
 
 
 class Store:
@@ -147,11 +151,11 @@ class Store:
 
 @contextlib.contextmanager
 def reaching() -> Iterator[None]:
-    """Turn what redis-py raises into a StoreError."""
+    """Turn what redis-py raises into StoreUnavailable."""
     try:
         yield
     except (RedisError, OSError) as error:
-        raise StoreError(f"the store does not answer: {error}") from error
+        raise StoreUnavailable(f"the store does not answer: {error}") from error
 
 
 def _client(url: str) -> Redis:

@@ -14,8 +14,11 @@ from collections.abc import AsyncIterator, Sequence
 from enum import Enum
 from typing import Any, Protocol
 
+import msgspec
+
 from engine import Delta, EngineClosed, EngineDied, FinishReason, RequestError, Tokenizer
 from server.agent.rounds import ToolRounds
+from server.audience import Audience
 from server.choice import Phase, prompt_event
 from server.crash import log_crash
 from server.ending import Ending, terminal_event
@@ -28,7 +31,14 @@ from server.events import (
     ResponseQueued,
 )
 from server.guard.queue import Place
-from server.journal import Entry, Journal, JournalBroken, JournalState
+from server.journal import (
+    Entry,
+    Journal,
+    JournalBroken,
+    JournalMismatch,
+    JournalMoved,
+    JournalState,
+)
 from server.metering.ledger import Used
 from server.metering.metrics import Metrics
 from server.prompting import draw_seed, with_tokens_spent
@@ -36,6 +46,7 @@ from server.request import TurnRequest
 from server.response_object import failed_event, new_id, response_object, usage_object
 from server.sequence import Engine, EngineSequence, SequenceMaker
 from server.store import StoreError
+from server.turn_record import Generated, TurnWork, decode_notes
 
 __all__ = ["Turn", "TurnHost"]
 
@@ -51,6 +62,9 @@ class TurnHost(Protocol):
 
     async def encode(self, request: TurnRequest) -> list[list[int]]:
         """Return the ids of each prompt. Raises ApiError 400."""
+
+    async def watched(self, turn_id: str) -> bool:
+        """Return whether a turn is followed on another server. Raises StoreError."""
 
     async def keep_end(self, request: TurnRequest, response: dict[str, Any]) -> None:
         """Store a turn's end if it is to be kept. Raises StoreError."""
@@ -75,10 +89,16 @@ class Turn:
     the served model's name.
     """
 
-    def __init__(self, host: TurnHost, request: TurnRequest, arrived_s: float) -> None:
+    def __init__(
+        self,
+        host: TurnHost,
+        request: TurnRequest,
+        arrived_s: float,
+        created_at: int | None = None,
+    ) -> None:
         self.id = request.turn_id or new_id("resp")
-        self.request = request
-        self.created_at = int(time.time())
+        self.request = msgspec.structs.replace(request, turn_id=self.id)
+        self.created_at = int(time.time()) if created_at is None else created_at
         self.model = host.engine.info.name
         self._host = host
         self._engine = host.engine
@@ -97,10 +117,21 @@ class Turn:
         self._cancelled = False
         self._expired = False
         """No token came before the request's deadline."""
+        self._moved = False
+        self._ending: Ending | None = None
+        """What the turn was about to end with when its server died."""
         self._begun = False
         self._counted = False
         self._task: asyncio.Task[None] | None = None
         self._last_token_s: float | None = None
+        self._work: TurnWork
+        self.audience = Audience(
+            request.on_disconnect,
+            request.linger_s,
+            stop=self.stop,
+            watched=lambda: host.watched(self.id),
+            count=host.metrics.disconnected,
+        )
         self.response: dict[str, Any] = {}
         """The response object as of the latest event that carries it."""
 
@@ -121,10 +152,13 @@ class Turn:
         self.stop()
         await self.ended()
 
+    def attach(self) -> None:
+        """One more client follows the turn."""
+        self.audience.join()
+
     def detach(self) -> None:
-        """The client that started the turn left: apply ``request.on_disconnect``."""
-        if self.request.on_disconnect == "cancel":
-            self.stop()
+        """A client left: after the last one, ``request.on_disconnect`` applies."""
+        self.audience.leave()
 
     async def ended(self) -> None:
         """Wait until the terminal event is written and everything is released."""
@@ -142,10 +176,17 @@ class Turn:
 
     # Beginning
 
-    def prepare(self, prompts: Sequence[list[int]]) -> None:
-        """Make the sequences. Nothing is submitted yet. Raises ApiError 400."""
+    def prepare(self, prompts: Sequence[list[int]], seed: int | None = None) -> None:
+        """Make the sequences. Nothing is submitted yet. Raises ApiError 400.
+
+        ``seed`` is the one that was drawn when the turn began elsewhere.
+        """
         request = self.request
-        seed = draw_seed() if request.sampling.seed is None else request.sampling.seed
+        if seed is None:
+            seed = draw_seed() if request.sampling.seed is None else request.sampling.seed
+        self._work = TurnWork(
+            request=request, prompts=list(prompts), seed=seed, created_at=self.created_at
+        )
         self._maker = SequenceMaker(self.id, self._tokenizer, self._engine.info, seed)
         self._sequences = self._maker.all(request, prompts)
         self._prompts_shown = [asyncio.Event() for _ in prompts]
@@ -167,19 +208,68 @@ class Turn:
         for sequence in self._sequences:
             await sequence.leave()
 
+    @property
+    def work(self) -> TurnWork:
+        """All that another server needs to begin this turn again."""
+        return self._work
+
     def begin(self, journal: Journal) -> None:
         """Append the first events and run."""
+        self._open(journal)
+        self._launch()
+
+    def rehearse(self, journal: Journal) -> None:
+        """Come to the state that the journal's log tells of. Raises JournalMismatch."""
+        log = journal.entries()
+        self._open(journal)
+        for entry in log:
+            for note in decode_notes(entry.notes) if entry.notes is not None else ():
+                if isinstance(note, Ending):
+                    self._ending = note
+                    continue
+                sequence = self._sequences[note.number]
+                sequence.known_ids += note.delta.token_ids
+                self._take(sequence, note.delta)
+        if self._ending is None and not journal.rehearsed:
+            raise JournalMismatch(f"the log of {self.id} has more than was generated for it")
+
+    async def go_on(self) -> None:
+        """Run after ``rehearse``: the engine takes up what is unfinished. Raises EngineError."""
+        if self._ending is None:
+            try:
+                for sequence in self._sequences:
+                    sequence.go_on(self._engine)
+            except BaseException:
+                await self.leave()
+                raise
+        self._launch()
+
+    def fail(self, journal: Journal, code: str, message: str) -> None:
+        """End a turn that was taken over but cannot go on."""
         self._journal = journal
+        journal.on_moved = self._on_moved
+        journal.give_up_rehearsal()
+        # What they came to is not what the log says.
+        self._sequences = []
+        self._ending = Ending("failed", (code, message))
+        self._launch()
+
+    def _launch(self) -> None:
+        self._task = asyncio.create_task(self._run(), name=f"turn-{self.id}")
+        # A turn that was taken over has all of its time again: clocks of two servers may differ.
+        if (deadline_s := self.request.sampling.deadline_s) is not None and self._is_waiting:
+            left_s = self._arrived_s + deadline_s - time.monotonic()
+            timer = asyncio.get_running_loop().call_later(max(0.0, left_s), self._expire)
+            self._task.add_done_callback(lambda _: timer.cancel())
+
+    def _open(self, journal: Journal) -> None:
+        self._journal = journal
+        journal.on_moved = self._on_moved
         journal.append(ResponseCreated(response=self.response))
         journal.append(ResponseInProgress(response=self.response))
         if self._shows_prompts and self.request.sampling.prompt_logprobs is None:
             for sequence in self._sequences[:: self.request.n]:
                 self._show_prompt(sequence, None)
-        self._task = asyncio.create_task(self._run(), name=f"turn-{self.id}")
-        if (deadline_s := self.request.sampling.deadline_s) is not None:
-            left_s = self._arrived_s + deadline_s - time.monotonic()
-            timer = asyncio.get_running_loop().call_later(max(0.0, left_s), self._expire)
-            self._task.add_done_callback(lambda _: timer.cancel())
 
     def _expire(self) -> None:
         if self._is_waiting:
@@ -193,13 +283,23 @@ class Turn:
 
     @property
     def _is_waiting(self) -> bool:
-        running = self._state is _State.RUNNING and not self._cancelled
-        return running and self._last_token_s is None
+        """Whether it has no token, and nothing ends it."""
+        if self._state is not _State.RUNNING or self._cancelled or self._ending is not None:
+            return False
+        if self._last_token_s is not None:
+            return False
+        return not any(sequence.choice.num_tokens for sequence in self._sequences)
 
     @property
-    def used(self) -> Used:
-        """The tokens it used so far."""
-        return Used(*self._usage())
+    def used(self) -> Used | None:
+        """The tokens it used so far; None: another server runs it and will count them."""
+        return None if self._moved else Used(*self._usage())
+
+    def _on_moved(self) -> None:
+        """Another server runs the turn now: stop, and leave its end to that one."""
+        self._moved = True
+        if self._begun and self._task is not None:
+            self._task.cancel()
 
     # Running
 
@@ -208,6 +308,8 @@ class Turn:
             ending = await self._serve()
             self._state = _State.ENDING
             await self._end(ending)
+        except JournalMoved:
+            self._count("moved")
         except JournalBroken as error:
             log.warning("%s", error)
             await self._end_badly("store_unavailable", "The event store failed.")
@@ -218,11 +320,16 @@ class Turn:
             await self.leave()
             await self._journal.written()
             self._state = _State.ENDED
+            self.audience.close()
             self._host.forget(self)
 
     async def _serve(self) -> Ending:
         """Take what the engine sends until all sequences are closed."""
         self._begun = True
+        if self._moved:
+            raise JournalMoved(self.id)
+        if self._ending is not None:
+            return self._ending
         if self._cancelled:
             return self._stopped()
         try:
@@ -234,6 +341,8 @@ class Turn:
             task = asyncio.current_task()
             if task is not None:
                 task.uncancel()
+            if self._moved:
+                raise JournalMoved(self.id) from None
             return self._stopped()
         except EngineDied:
             return Ending("failed", ("engine_died", "The engine died; send the request again."))
@@ -242,7 +351,9 @@ class Turn:
         except RequestError as error:
             return Ending("failed", ("request_refused", str(error)))
         cut = any(sequence.choice.finish_reason == "length" for sequence in self._sequences)
-        return Ending("incomplete" if cut or self._out_of_room else "completed")
+        if cut or self._out_of_room:
+            return Ending("incomplete", reason="max_output_tokens")
+        return Ending("completed")
 
     async def _pump_rounds(self, sequence: EngineSequence) -> None:
         """Serve one sequence and, while it calls the server's own tools, the next one."""
@@ -289,7 +400,7 @@ class Turn:
         return sequence
 
     def _stopped(self) -> Ending:
-        return Ending("incomplete" if self._expired else "cancelled")
+        return Ending("incomplete", reason="deadline") if self._expired else Ending("cancelled")
 
     async def _pump_all(self) -> None:
         pumps = [asyncio.create_task(self._pump(sequence)) for sequence in self._sequences]
@@ -308,16 +419,21 @@ class Turn:
             if delta.finish_reason is FinishReason.ABORT and choice.phase is not Phase.CLOSED:
                 raise RequestError("the engine gave this request up")
             self._time(len(delta.token_ids))
-            if delta.prompt_logprobs is not None or not shown.is_set():
-                if wait_for_prompt:
-                    await shown.wait()
-                elif self._shows_prompts:
-                    self._show_prompt(sequence, delta)
-            for event in choice.feed(delta):
-                self._journal.append(event)
+            if wait_for_prompt:
+                await shown.wait()
+            self._take(sequence, delta)
             if choice.phase is Phase.CLOSED and delta.finish_reason is None:
                 # A stop string was found. The engine's last delta still brings the usage.
                 self._engine.abort(sequence.request.request_id)
+
+    def _take(self, sequence: EngineSequence, delta: Delta) -> None:
+        """Append what a delta says, and store the delta beside it."""
+        number = sequence.choice.index
+        self._journal.note(Generated(number, msgspec.structs.replace(delta, request_id="")))
+        if self._shows_prompts and number % self.request.n == 0:
+            self._show_prompt(sequence, delta)
+        for event in sequence.choice.feed(delta):
+            self._journal.append(event)
 
     @property
     def _shows_prompts(self) -> bool:
@@ -352,6 +468,7 @@ class Turn:
     # Ending
 
     async def _end(self, ending: Ending) -> None:
+        self._journal.note(ending)
         for sequence in self._sequences:
             for event in sequence.choice.break_off():
                 self._journal.append(event)
@@ -371,8 +488,7 @@ class Turn:
     def _final(self, ending: Ending) -> dict[str, Any]:
         items = [item for sequence in self._sequences for item in sequence.choice.items.bodies()]
         items = sorted([*items, *self._tool_items], key=lambda numbered: numbered[0])
-        reason = "deadline" if self._expired else "max_output_tokens"
-        details = {"reason": reason} if ending.status == "incomplete" else None
+        details = {"reason": ending.reason} if ending.status == "incomplete" else None
         return {
             **self.response,
             "status": ending.status,
@@ -400,6 +516,7 @@ class Turn:
     async def _end_badly(self, code: str, message: str) -> None:
         """End a turn that a fault stopped: whoever follows it still gets a terminal event."""
         self._count("failed")
+        self._journal.give_up_rehearsal()
         event = self.failure(code, message)
         try:
             await self._host.keep_end(self.request, event.response)

@@ -6,19 +6,23 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from engine import EngineError, EngineState, Tokenizer
 from server.errors import ApiError
+from server.events import ResponseCreated
 from server.guard.gate import Gate
 from server.guard.queue import Place
+from server.journal import Entry, JournalMismatch
 from server.journals import Journals
 from server.metering.metrics import Metrics
 from server.prompting import Prompter
 from server.request import TurnRequest
 from server.sequence import Engine
-from server.store import StoreError
+from server.store import Store, StoreError, StoreUnavailable, reaching
 from server.turn import Turn
+from server.turn_record import TurnWork, keep
 
 __all__ = ["TurnKeeper", "Turns"]
 
@@ -26,6 +30,7 @@ log = logging.getLogger("millrace.turn")
 
 MAX_SEQUENCES = 256
 """Most sequences (prompts times n) of one turn."""
+KEEP_RETRY_S = 0.25
 
 
 class TurnKeeper(Protocol):
@@ -36,6 +41,9 @@ class TurnKeeper(Protocol):
 
     async def end(self, request: TurnRequest, response: dict[str, Any]) -> None:
         """Store a turn's end, before its terminal event is shown."""
+
+    async def adopt(self, request: TurnRequest, turn_id: str) -> None:
+        """Hold for this server what a turn had claimed that is taken over."""
 
 
 class Turns:
@@ -48,15 +56,18 @@ class Turns:
         journals: Journals,
         keeper: TurnKeeper,
         metrics: Metrics,
+        store: Store,
         *,
         gate: Gate,
         max_live: int = 1024,
         retention_s: int = 30 * 24 * 3600,
         unstored_retention_s: int = 600,
+        store_patience_s: float = 10.0,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.metrics = metrics
+        self._store = store
         self._gate = gate
         self.draining = False
         """No new turns are taken; those that run may end."""
@@ -66,6 +77,7 @@ class Turns:
         self._max_live = max_live
         self._retention_s = retention_s
         self._unstored_retention_s = unstored_retention_s
+        self._store_patience_s = store_patience_s
         self._turns: dict[str, Turn] = {}
         self._starting = 0
         self._abandoned: set[asyncio.Task[None]] = set()
@@ -143,13 +155,61 @@ class Turns:
             await turn.leave()
             self._abandon(request, turn)
             raise
-        keep_s = self._retention_s if request.store else self._unstored_retention_s
-        journal = self._journals.open(turn.id, keep_s=keep_s, failure=turn.failure)
-        self._turns[turn.id] = turn
-        self._idle.clear()
-        self.metrics.turn_started(request.dialect)
+        keep_s = self._keep_s(request)
+        journal = self._journals.open(
+            turn.id, keep_s=keep_s, failure=turn.failure, kept=keep(turn.work)
+        )
+        self._enter(turn)
         turn.begin(journal)
         return turn
+
+    def _enter(self, turn: Turn) -> None:
+        self._turns[turn.id] = turn
+        self._idle.clear()
+        self.metrics.turn_started(turn.request.dialect)
+
+    async def take_over(self, work: TurnWork, events: Sequence[Entry], generation: int) -> bool:
+        """Go on with a turn whose server died; return whether it goes on.
+
+        Where it cannot, it is ended, with a failure that says why. Raises StoreError.
+        """
+        request = work.request
+        turn = Turn(self, request, time.monotonic(), work.created_at)
+        turn.audience.orphan()
+        await self._keeper.adopt(request, turn.id)
+        journal = self._journals.open(
+            turn.id,
+            keep_s=self._keep_s(request),
+            failure=turn.failure,
+            kept=keep(work),
+            generation=generation,
+            log=events,
+        )
+        room = self.engine.info.max_model_len
+        self._gate.adopt(turn.id, request, work.prompts, room, work.created_at)
+        self._enter(turn)
+        try:
+            turn.prepare(work.prompts, work.seed)
+            turn.rehearse(journal)
+            await turn.go_on()
+        except (ApiError, EngineError, JournalMismatch) as error:
+            log.error("%s cannot go on here: %s", turn.id, error)
+            first = events[0].event if events else None
+            if isinstance(first, ResponseCreated):
+                turn.response = first.response
+            message = "The server that ran this turn went away, and another could not go on."
+            turn.fail(journal, "takeover_failed", message)
+            return False
+        return True
+
+    def _keep_s(self, request: TurnRequest) -> int:
+        return self._retention_s if request.store else self._unstored_retention_s
+
+    async def watched(self, turn_id: str) -> bool:
+        """Return whether a turn is followed on another server. Raises StoreError."""
+        with reaching():
+            found = await self._store.redis.exists(self._store.key("turn", turn_id, "watched"))
+        return bool(found)
 
     async def encode(self, request: TurnRequest) -> list[list[int]]:
         """Return the ids of each prompt. Raises ApiError 400."""
@@ -182,14 +242,31 @@ class Turns:
         task.add_done_callback(self._abandoned.discard)
 
     async def keep_end(self, request: TurnRequest, response: dict[str, Any]) -> None:
-        """Store a turn's end if it is to be kept."""
-        if _kept(request):
-            await self._keeper.end(request, response)
+        """Store a turn's end if it is to be kept.
+
+        A store that is away gets as long to come back as it has for events: an answer that is
+        complete would else be lost to a restart of the store that its events outlive.
+        """
+        if not _kept(request):
+            return
+        loop = asyncio.get_running_loop()
+        give_up_s = loop.time() + self._store_patience_s
+        while True:
+            try:
+                await self._keeper.end(request, response)
+                return
+            except StoreUnavailable:
+                if loop.time() > give_up_s:
+                    raise
+                await asyncio.sleep(KEEP_RETRY_S)
 
     def forget(self, turn: Turn) -> None:
         """Take an ended turn out of the registry."""
         self._turns.pop(turn.id, None)
-        self._gate.leave(turn.id, turn.used)
+        if (used := turn.used) is None:
+            self._gate.hand_over(turn.id)
+        else:
+            self._gate.leave(turn.id, used)
         journal = self._journals.live(turn.id)
         if journal is not None:
             self._journals.release(journal)

@@ -7,7 +7,7 @@ key-value heads, D head width, I feed-forward width, V vocabulary, N cache block
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -149,7 +149,7 @@ class Workspace:
     """Memory for the activations of any step, allocated once and used by every step.
 
     Fixed addresses are what CUDA graphs need; on a CPU, pages that no step was large enough to
-    touch cost nothing.
+    touch cost nothing. A model calls ``beat`` after each layer, which shows that it comes further.
     """
 
     def __init__(
@@ -159,7 +159,11 @@ class Workspace:
         max_num_logits: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
+        self.beat = beat
+
         def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 

@@ -158,6 +158,7 @@ class Qwen3:
                 residual, hidden = self._narrow(batch, residual, hidden, work)  # [W, E] each
             ops.add_rms_norm(hidden, residual, hidden, layer.feed_forward_norm, self.eps)
             layer.feed_forward(hidden, buffers)
+            work.beat()
         ops.add_rms_norm(hidden, residual, hidden, self.norm, self.eps)
         return hidden
 

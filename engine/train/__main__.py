@@ -22,12 +22,13 @@ import torch
 from engine.train.data import DataError, Documents, Packer
 from engine.train.dialogue import ChatTemplate
 from engine.train.distributed import Group
-from engine.train.evaluate import evaluate, sample_answers, write_report
+from engine.train.evaluation.perplexity import held_out_losses
 from engine.train.export import export
 from engine.train.model import Qwen3, compute_dtype_of
 from engine.train.prepare import prepare_tokenizer, prepare_tokens
 from engine.train.progress import Progress, draw_loss
 from engine.train.recipe import Recipe, RecipeError, load_recipe
+from engine.train.summary import write_summary
 from engine.train.tokenizer import Encoder
 from engine.train.trainer import Budget, Trainer
 from engine.train.utilisation import measured_peak
@@ -202,18 +203,17 @@ def main(argv: list[str] | None = None) -> int:
             group.leave()
         if group.rank > 0:
             return 0
-        losses = evaluate(
+        losses = held_out_losses(
             trainer.model,
             args.out / "tokens" / "heldout",
             sorted(recipe.mixture),
             sequence_len=recipe.train.sequence_len,
             pad_id=encoder.id_of("<|endoftext|>"),
         )
-        answers = sample_answers(trainer.model, encoder, ChatTemplate(_template_source()))
     except (DataError, RecipeError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_report(args.out / "report.json", trainer, losses, answers, utilisation=utilisation)
+    write_summary(args.out / "report.json", trainer, losses, utilisation=utilisation)
     print(f"done: {trainer.num_steps} steps, {trainer.num_tokens} tokens; see {args.out}")
     return 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from engine import ModelInfo
+from server.dialects.disconnect import read_disconnect
 from server.dialects.fields import Fields, read_model
 from server.dialects.messages import read_messages
 from server.dialects.projection import Shape, read_shape
@@ -29,6 +30,7 @@ _READ = frozenset(
         "max_completion_tokens",
         "logprobs",
         "top_logprobs",
+        "on_disconnect",
         "priority",
         "return_token_ids",
         "skip_special_tokens",
@@ -95,6 +97,7 @@ def parse(body: object, model: ModelInfo, owner: str = "") -> ChatRequest:
         fields.unsupported(field, why, *neutral)
     stream = fields.boolean("stream", False)
     shape = read_shape(fields, stream=stream)
+    disconnect = read_disconnect(fields, "cancel")
     messages = read_messages(fields)
     tools = read_chat_tools(fields)
     sampling = read_sampling(
@@ -122,6 +125,9 @@ def parse(body: object, model: ModelInfo, owner: str = "") -> ChatRequest:
         return_token_ids=shape.token_ids or shape.continuous_usage,
         skip_special_tokens=fields.boolean("skip_special_tokens", True),
         owner=owner,
+        shape=shape,
+        on_disconnect=disconnect.contract,
+        linger_s=disconnect.linger_s,
     )
     return ChatRequest(turn, shape)
 

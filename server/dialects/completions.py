@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from engine import ModelInfo
+from server.dialects.disconnect import read_disconnect
 from server.dialects.fields import Fields, check_token_ids, read_model, show
 from server.dialects.legacy_logprobs import LegacyLogprobs
 from server.dialects.projection import (
@@ -72,6 +73,7 @@ _READ = frozenset(
         "stream_options",
         "max_tokens",
         "logprobs",
+        "on_disconnect",
         "priority",
         "return_token_ids",
         "skip_special_tokens",
@@ -109,6 +111,7 @@ def parse(body: object, model: ModelInfo, owner: str = "") -> CompletionRequest:
         fields.unsupported(field, why, *neutral)
     stream = fields.boolean("stream", False)
     shape = read_shape(fields, stream=stream)
+    disconnect = read_disconnect(fields, "cancel")
     prompts = _prompts(fields, model)
     n = _choices(fields, len(prompts))
     max_tokens = fields.integer("max_tokens", least=1)
@@ -135,6 +138,9 @@ def parse(body: object, model: ModelInfo, owner: str = "") -> CompletionRequest:
         echo=echo,
         skip_special_tokens=fields.boolean("skip_special_tokens", True),
         owner=owner,
+        shape=shape,
+        on_disconnect=disconnect.contract,
+        linger_s=disconnect.linger_s,
     )
     return CompletionRequest(turn, shape)
 

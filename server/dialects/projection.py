@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from engine import ModelInfo
 from server.dialects.fields import Fields
 from server.errors import ApiError, invalid
-from server.events import Event, OutputItemDone, ResponseCancelled, ResponseFailed
+from server.events import (
+    Discontinuity,
+    Event,
+    OutputItemDone,
+    ResponseCancelled,
+    ResponseFailed,
+    ResponseIncomplete,
+)
+from server.request import Shape
 from server.transports.sse import Frame
 
 __all__ = [
     "DONE",
     "Head",
     "Shape",
+    "as_cut",
     "failure",
     "fingerprint",
     "finish_of",
@@ -33,16 +42,6 @@ _ENCODER = msgspec.json.Encoder()
 
 _UNAVAILABLE = frozenset({"engine_died", "engine_closed", "store_unavailable"})
 """Errors of a turn that pass: the same request may be sent again."""
-
-
-class Shape(NamedTuple):
-    """What the caller wants to see beyond the answer; it changes nothing about the turn."""
-
-    include_usage: bool = False
-    """End the stream with a chunk that holds the usage."""
-    continuous_usage: bool = False
-    """Put the usage so far into every chunk."""
-    token_ids: bool = False
 
 
 def read_shape(fields: Fields, *, stream: bool) -> Shape:
@@ -132,6 +131,14 @@ def failure(event: Event) -> ApiError | None:
             kind="server_error",
             code="cancelled",
         )
+    if isinstance(event, Discontinuity):
+        return ApiError(
+            500,
+            f"The event store lost part of this answer (events {event.first_lost} to "
+            f"{event.last_lost}); what follows the gap is not shown.",
+            kind="server_error",
+            code="history_lost",
+        )
     if not isinstance(event, ResponseFailed):
         return None
     error = event.response.get("error") or {}
@@ -141,6 +148,20 @@ def failure(event: Event) -> ApiError | None:
         return invalid(message, code=code)
     status = 503 if code in _UNAVAILABLE else 500
     return ApiError(status, message, kind="server_error", code=code)
+
+
+def as_cut(event: Event) -> Event:
+    """Return the event as a collector takes it of a turn that did not end by itself.
+
+    Its answers are shown as far as they came, with "cancelled" for a finish reason.
+    """
+    if isinstance(event, OutputItemDone) and event.finish_reason is None:
+        if event.item.get("status") != "incomplete":
+            return event
+        return msgspec.structs.replace(event, finish_reason="cancelled")
+    if isinstance(event, ResponseCancelled | ResponseFailed):
+        return ResponseIncomplete(sequence_number=event.sequence_number, response=event.response)
+    return event
 
 
 def fingerprint(info: ModelInfo) -> str:

@@ -13,6 +13,7 @@ import msgspec
 
 from engine import ModelInfo
 from server.agent.history import items_to_messages
+from server.dialects.disconnect import Disconnect, read_disconnect
 from server.dialects.fields import Fields, read_model, show
 from server.dialects.items import read_items, read_metadata
 from server.dialects.sampling import MAX_TOP_LOGPROBS, SAMPLING_FIELDS, read_sampling
@@ -96,7 +97,7 @@ class ParsedResponse(msgspec.Struct, frozen=True, kw_only=True):
     store: bool
     stream: bool
     background: bool
-    finish_without_client: bool
+    disconnect: Disconnect
     sampling: SamplingOptions
     tools: ToolOptions
     template_kwargs: dict[str, Any]
@@ -135,10 +136,8 @@ def parse(body: object, model: ModelInfo) -> ParsedResponse:
     instructions = fields.string("instructions")
     metadata = read_metadata(fields)
     truncation = fields.choice("truncation", ("disabled", "auto"), "disabled")
-    on_disconnect = fields.choice(
-        "on_disconnect", ("finish", "cancel"), "finish" if store else "cancel"
-    )
-    if background and on_disconnect == "cancel":
+    disconnect = read_disconnect(fields, "finish" if store else "cancel")
+    if background and disconnect.contract == "cancel":
         raise invalid(
             "'on_disconnect' cannot be 'cancel' where 'background' is true.", param="on_disconnect"
         )
@@ -166,7 +165,7 @@ def parse(body: object, model: ModelInfo) -> ParsedResponse:
         store=store,
         stream=fields.boolean("stream", False),
         background=background,
-        finish_without_client=on_disconnect == "finish",
+        disconnect=disconnect,
         sampling=sampling,
         tools=tools,
         template_kwargs=_template_kwargs(fields),
@@ -203,7 +202,8 @@ def to_turn(
         stream=parsed.stream,
         return_token_ids=parsed.return_token_ids,
         store=parsed.store,
-        on_disconnect="finish" if parsed.finish_without_client else "cancel",
+        on_disconnect=parsed.disconnect.contract,
+        linger_s=parsed.disconnect.linger_s,
         owner=owner,
         response_fields=parsed.echoed,
         turn_id=turn_id,

@@ -12,7 +12,7 @@ import msgspec
 
 from server.errors import ApiError
 from server.guard.keys import KeyRing
-from server.guard.limits import LEASE_S, Limits, Reserved
+from server.guard.limits import LEASE_S, Limits, Reserved, minute_of
 from server.guard.policy import KeyPolicy
 from server.guard.queue import Place, WaitingTurn, WaitingTurns
 from server.metering.ledger import Used
@@ -27,6 +27,8 @@ log = logging.getLogger("millrace.guard")
 TELL_S = 1.0
 """How often those who wait are told their place, and the longest silence before the first time."""
 _RENEW_S = LEASE_S / 3
+_ANY_LIMITS = KeyPolicy(max_turns=1, tokens_per_minute=1)
+"""Of a key that was not shown here: whatever may be counted for its turns is kept and put right."""
 
 Tell = Callable[[str, Place], None]
 
@@ -96,24 +98,14 @@ class Gate:
         Raises ApiError 429 with ``Retry-After``, 400 if its key can never pay it; StoreError.
         """
         policy = self._keys.policy(request.owner)
-        prompt_tokens = sum(map(len, prompts))
-        asked = request.sampling.max_tokens
-        num_sequences = len(prompts) * request.n
-        turn = WaitingTurn(
-            owner=request.owner,
-            weight=policy.weight,
-            priority=request.priority,
-            prompt_tokens=prompt_tokens * request.n,
-            max_tokens=num_sequences * (room if asked is None else min(asked, room)),
-            num_sequences=num_sequences,
-            since_s=time.monotonic(),
-        )
+        turn = _waiting(request, prompts, room)
         try:
             self._waiting.check(turn, request.sampling.deadline_s)
             # Room in the queue is taken before the store is asked: others arrive meanwhile.
             self._waiting.enter(turn_id, turn)
-            expected = prompt_tokens + num_sequences * (asked or 0)
-            reserved = await self._limits.take(request.owner, policy, turn_id, expected)
+            reserved = await self._limits.take(
+                request.owner, policy, turn_id, _expected_tokens(request, prompts)
+            )
         except BaseException as error:
             self._waiting.leave(turn_id)
             if isinstance(error, ApiError):
@@ -121,6 +113,32 @@ class Gate:
             raise
         self._inside[turn_id] = _Inside(request.owner, policy, reserved)
         self._metrics.waiting(len(self._waiting))
+
+    def adopt(
+        self,
+        turn_id: str,
+        request: TurnRequest,
+        prompts: list[list[int]],
+        room: int,
+        created_at: int,
+    ) -> None:
+        """Let a turn in that another server let in at ``created_at`` (Unix seconds).
+
+        It is never refused, and what was counted for it then is put right when it ends here.
+        """
+        self._waiting.enter(turn_id, _waiting(request, prompts, room))
+        reserved = Reserved(minute_of(created_at), _expected_tokens(request, prompts))
+        known = self._keys.knows(request.owner)
+        policy = self._keys.policy(request.owner) if known else _ANY_LIMITS
+        self._inside[turn_id] = _Inside(request.owner, policy, reserved)
+        self._metrics.waiting(len(self._waiting))
+
+    def hand_over(self, turn_id: str) -> None:
+        """The turn goes on at another server, which keeps its account from now on."""
+        self._waiting.leave(turn_id)
+        self._metrics.waiting(len(self._waiting))
+        self._told.pop(turn_id, None)
+        self._inside.pop(turn_id, None)
 
     def begun(self, turn_id: str) -> None:
         """The turn has its first token."""
@@ -132,10 +150,8 @@ class Gate:
 
     def leave(self, turn_id: str, used: Used | None) -> None:
         """The turn has ended; None: it did not begin."""
-        self._waiting.leave(turn_id)
-        self._metrics.waiting(len(self._waiting))
-        self._told.pop(turn_id, None)
-        inside = self._inside.pop(turn_id, None)
+        inside = self._inside.get(turn_id)
+        self.hand_over(turn_id)
         if inside is None:
             return
         if used is not None:
@@ -189,6 +205,26 @@ class Gate:
                 await self._limits.renew(owner, turn_ids)
         except StoreError as error:
             log.warning("leases are not renewed: %s", error)
+
+
+def _waiting(request: TurnRequest, prompts: list[list[int]], room: int) -> WaitingTurn:
+    asked = request.sampling.max_tokens
+    num_sequences = len(prompts) * request.n
+    return WaitingTurn(
+        owner=request.owner,
+        weight=request.weight,
+        priority=request.priority,
+        prompt_tokens=sum(map(len, prompts)) * request.n,
+        max_tokens=num_sequences * (room if asked is None else min(asked, room)),
+        num_sequences=num_sequences,
+        since_s=time.monotonic(),
+    )
+
+
+def _expected_tokens(request: TurnRequest, prompts: list[list[int]]) -> int:
+    """The tokens that are counted for a turn before it has used any."""
+    asked = request.sampling.max_tokens or 0
+    return sum(map(len, prompts)) + len(prompts) * request.n * asked
 
 
 def _differs(one: float | None, other: float | None) -> bool:

@@ -114,6 +114,10 @@ class KeyRing:
         """Return what an owner that ``owner`` returned may do."""
         return self._by_owner.get(owner, KeyPolicy()) if self._digests else OPEN
 
+    def knows(self, owner: str) -> bool:
+        """Return whether the key of ``owner`` was shown to this process."""
+        return owner in self._by_owner
+
 
 def _refused(message: str) -> ApiError:
     return ApiError(401, message, kind="authentication_error", code="invalid_api_key")

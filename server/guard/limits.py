@@ -17,12 +17,17 @@ from server.guard.policy import KeyPolicy
 from server.metering.ledger import Ledger, Used
 from server.store import Store, reaching
 
-__all__ = ["LEASE_S", "Limits", "Reserved"]
+__all__ = ["LEASE_S", "Limits", "Reserved", "minute_of"]
 
 LEASE_S = 60.0
 """How long a turn counts if nobody renews it."""
 _MINUTE_S = 60
 _KEEP_S = 3 * _MINUTE_S
+
+
+def minute_of(now_s: float) -> int:
+    """Return which minute of the clock a time (Unix seconds) is in."""
+    return int(now_s // _MINUTE_S)
 
 
 class Reserved(NamedTuple):
@@ -72,7 +77,7 @@ class Limits:
         than a whole minute's tokens.
         """
         now_s = self._clock()
-        minute = int(now_s // _MINUTE_S)
+        minute = minute_of(now_s)
         limit = policy.tokens_per_minute
         if limit is not None and num_tokens > limit:
             raise ApiError(

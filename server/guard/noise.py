@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web import RequestPayloadError
 
 __all__ = ["http_logger"]
 
@@ -18,7 +19,8 @@ class _PeerFaults(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return not isinstance(error, HttpProcessingError)
+        # The second is what is wrong with a body that nobody read, such as broken compression.
+        return not isinstance(error, HttpProcessingError | RequestPayloadError)
 
 
 def http_logger() -> logging.Logger:

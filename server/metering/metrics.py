@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from engine import EngineStats
+from engine import EngineStats, Recoveries
 
 __all__ = ["Metrics"]
 
@@ -27,7 +27,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._make_turn_metrics()
         self._make_loop_metrics()
+        self._make_held_metrics()
         self._engine = _EngineMetrics(self.registry)
+        self._recoveries = _RecoveryMetrics(self.registry)
 
     def _make_turn_metrics(self) -> None:
         self._turns_started = self._counter("turns_started", "Turns begun.", ["dialect"])
@@ -70,6 +72,15 @@ class Metrics:
             "turn_duration_seconds", "From a turn's begin to its terminal event.", _TURN_S
         )
 
+        self._disconnects = self._counter(
+            "disconnects",
+            "Turns whose last client left before their end, by contract and what came of it.",
+            ["contract", "outcome"],
+        )
+        self._takeovers = self._counter(
+            "takeovers", "Turns taken over from dead servers.", ["outcome"]
+        )
+
     def _make_loop_metrics(self) -> None:
         self._loop_lag_s = self._histogram(
             "event_loop_lag_seconds", "How late the event loop ran a timer.", _LOOP_S
@@ -86,11 +97,25 @@ class Metrics:
         )
         self._longest_blocked_s = 0.0
 
+    def _make_held_metrics(self) -> None:
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"millrace_{name}", text, registry=self.registry)
+
+        self._tasks = gauge("event_loop_tasks", "Tasks of the event loop that have not ended.")
+        self._journals = gauge("journals_open", "Event logs held in memory.")
+        self._websockets = gauge("websockets_open", "Open WebSockets.")
+
     def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
         return Counter(f"millrace_{name}", text, labels, registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(f"millrace_{name}", text, buckets=buckets, registry=self.registry)
+
+    def held(self, *, tasks: int, journals: int, websockets: int) -> None:
+        """Set what the process holds now; an idle server always comes back to the same."""
+        self._tasks.set(tasks)
+        self._journals.set(journals)
+        self._websockets.set(websockets)
 
     def turn_started(self, dialect: str) -> None:
         """Count a turn that was accepted."""
@@ -148,9 +173,24 @@ class Metrics:
         self._turn_completion.inc(completion_tokens)
         self._turn_s.observe(duration_s)
 
+    def disconnected(self, contract: str, outcome: str) -> None:
+        """Count a turn whose last client left.
+
+        ``outcome`` is ran_on, cancelled, resumed (somebody came back) or finished (it ended first).
+        """
+        self._disconnects.labels(contract, outcome).inc()
+
+    def taken_over(self, outcome: str) -> None:
+        """Count a turn taken over from a dead server; ``outcome`` is resumed or failed."""
+        self._takeovers.labels(outcome).inc()
+
     def engine_stats(self, stats: EngineStats) -> None:
-        """Take over the engine's latest figures."""
+        """Take over the engine's latest figures; its counters go on over restarts."""
         self._engine.update(stats)
+
+    def engine_recoveries(self, recoveries: Recoveries) -> None:
+        """Take over what became of engines that died."""
+        self._recoveries.update(recoveries)
 
     def loop_lag(self, seconds: float, blocked_s: float | None = None) -> None:
         """Record how late a timer ran, and how much of it this process caused."""
@@ -166,7 +206,7 @@ class Metrics:
 
 
 class _EngineMetrics:
-    """The engine's figures. Its counters begin at 0 in every new engine process; ours go on."""
+    """The engine's figures."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def gauge(name: str, text: str) -> Gauge:
@@ -182,7 +222,6 @@ class _EngineMetrics:
         self._blocks_cached = gauge("kv_blocks_cached", "Free KV blocks with a reusable prefix.")
         self._usage = gauge("kv_usage_ratio", "Part of the KV blocks that sequences hold, 0 to 1.")
         self._step_s = gauge("engine_step_seconds", "Duration of the engine's latest step.")
-        self._restarts = counter("engine_restarts", "New engine processes after the first.")
         self._counters = {
             "steps": counter("engine_steps", "Steps of the engine."),
             "busy_s": counter("engine_busy_seconds", "Time the engine spent in steps."),
@@ -209,10 +248,35 @@ class _EngineMetrics:
         used = stats.num_blocks - stats.free_blocks
         self._usage.set(used / stats.num_blocks if stats.num_blocks else 0.0)
         self._step_s.set(stats.step_s)
-        last = self._last
-        if any(getattr(stats, name) < getattr(last, name) for name in self._counters):
-            self._restarts.inc()
-            last = EngineStats()
         for name, counter in self._counters.items():
-            counter.inc(getattr(stats, name) - getattr(last, name))
+            counter.inc(getattr(stats, name) - getattr(self._last, name))
         self._last = stats
+
+
+class _RecoveryMetrics:
+    """What became of engines that died: totals that are handed over as they stand."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"millrace_engine_{name}", text, registry=registry)
+
+        self._counters = {
+            "restarts": counter("restarts", "New engine processes after the first."),
+            "hangs": counter("hangs", "Engine processes killed because they came no further."),
+            "replayed": counter(
+                "replayed_requests", "Sequences handed on from a dead engine to the next."
+            ),
+            "given_up": counter(
+                "given_up_requests", "Sequences ended because engine after engine died."
+            ),
+            "recovered": counter("recoveries", "Engine deaths after which tokens came again."),
+            "recovery_s": counter(
+                "recovery_seconds", "Time from an engine's last sign of life to the next token."
+            ),
+        }
+        self._last = Recoveries()
+
+    def update(self, recoveries: Recoveries) -> None:
+        for name, counter in self._counters.items():
+            counter.inc(getattr(recoveries, name) - getattr(self._last, name))
+        self._last = recoveries

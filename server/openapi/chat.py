@@ -20,6 +20,7 @@ from server.openapi.parts import (
     ref,
     string,
 )
+from server.openapi.resuming import IDEMPOTENCY_KEY, ON_DISCONNECT, ended, projected_paths
 from server.openapi.sampling import (
     PRIORITY,
     RETURN_TOKEN_IDS,
@@ -68,6 +69,7 @@ _REQUEST = obj(
         "max_completion_tokens": nullable(integer("The newer name of `max_tokens`.", 1)),
         "logprobs": nullable(boolean("Show the log-probability of every token.")),
         "top_logprobs": nullable(integer("With so many alternatives.", 0, 20)),
+        "on_disconnect": ON_DISCONNECT,
         "priority": PRIORITY,
         "return_token_ids": RETURN_TOKEN_IDS,
         "skip_special_tokens": nullable(boolean("Leave control tokens out of the text.")),
@@ -196,6 +198,7 @@ _CHUNK = obj(
 SCHEMAS: dict[str, Schema] = {
     "ChatCompletionRequest": _REQUEST,
     "ChatCompletion": _ANSWER,
+    "ChatCompletionEnded": ended(_ANSWER),
     "ChatCompletionChunk": _CHUNK,
 }
 
@@ -211,8 +214,12 @@ PATHS: dict[str, dict[str, Any]] = {
                     text_event__stream=ref("ChatCompletionChunk"),
                 )
             },
-            errors=(400, 404, 413, 415, 429, 500, 503),
+            errors=(400, 404, 409, 413, 415, 422, 429, 500, 503),
             body=ref("ChatCompletionRequest"),
+            parameters=(IDEMPOTENCY_KEY,),
         )
-    }
+    },
+    **projected_paths(
+        "/v1/chat/completions", "Chat Completions", "ChatCompletion", "ChatCompletionChunk"
+    ),
 }

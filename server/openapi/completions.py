@@ -20,6 +20,7 @@ from server.openapi.parts import (
     ref,
     string,
 )
+from server.openapi.resuming import IDEMPOTENCY_KEY, ON_DISCONNECT, ended, projected_paths
 from server.openapi.sampling import (
     PRIORITY,
     RETURN_TOKEN_IDS,
@@ -52,6 +53,7 @@ _REQUEST = obj(
         "stream_options": STREAM_OPTIONS,
         "max_tokens": nullable(integer("Most tokens of an answer. Default 16.", 1)),
         "logprobs": nullable(integer("Show log-probabilities, with so many alternatives.", 0, 20)),
+        "on_disconnect": ON_DISCONNECT,
         "priority": PRIORITY,
         "return_token_ids": RETURN_TOKEN_IDS,
         "skip_special_tokens": nullable(boolean("Leave control tokens out of the text.")),
@@ -113,6 +115,7 @@ _FINISH = enum("stop", "length", text="`length`: a limit cut the answer.")
 SCHEMAS: dict[str, Schema] = {
     "CompletionRequest": _REQUEST,
     "Completion": _answer(_FINISH, ref("Usage")),
+    "CompletionEnded": ended(_answer(_FINISH, ref("Usage"))),
     "CompletionChunk": _answer(nullable(_FINISH), nullable(ref("Usage"))),
 }
 
@@ -128,8 +131,10 @@ PATHS: dict[str, dict[str, Any]] = {
                     text_event__stream=ref("CompletionChunk"),
                 )
             },
-            errors=(400, 404, 413, 415, 429, 500, 503),
+            errors=(400, 404, 409, 413, 415, 422, 429, 500, 503),
             body=ref("CompletionRequest"),
+            parameters=(IDEMPOTENCY_KEY,),
         )
-    }
+    },
+    **projected_paths("/v1/completions", "Completions", "Completion", "CompletionChunk"),
 }

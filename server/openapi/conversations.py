@@ -17,6 +17,7 @@ from server.openapi.parts import (
     string,
 )
 from server.openapi.responses import LIST_QUERY
+from server.openapi.resuming import IDEMPOTENCY_KEY
 
 __all__ = ["PATHS", "SCHEMAS"]
 
@@ -69,7 +70,8 @@ PATHS: dict[str, dict[str, Any]] = {
             **_operation(
                 "Create a conversation",
                 _CONVERSATION,
-                errors=(400, 413, 415, 503),
+                errors=(400, 409, 413, 415, 422, 429, 503),
+                parameters=(IDEMPOTENCY_KEY,),
             ),
             "requestBody": {
                 "required": False,

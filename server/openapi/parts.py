@@ -117,6 +117,7 @@ _ERRORS = {
     409: "The object is in a state that does not allow this.",
     413: "The body is too large.",
     415: "The body is not `application/json`.",
+    422: "The `Idempotency-Key` was used for another request.",
     429: "The server is full, or a limit of the key is reached; `Retry-After` says when to "
     "try again, `x-ratelimit-*` what is left.",
     500: "The server failed.",

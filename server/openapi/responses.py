@@ -20,6 +20,7 @@ from server.openapi.parts import (
     ref,
     string,
 )
+from server.openapi.resuming import IDEMPOTENCY_KEY, LAST_EVENT_ID, ON_DISCONNECT, query
 from server.openapi.sampling import PRIORITY, RETURN_TOKEN_IDS, SAMPLING, STREAM
 from server.openapi.tools import EFFORT, RESPONSE_TOOL_FIELDS, TEMPLATE_KWARGS
 from server.openapi.tools import SCHEMAS as TOOL_SCHEMAS
@@ -56,13 +57,7 @@ _REQUEST = obj(
         "store": nullable(boolean("Keep the response. Default true.")),
         "stream": STREAM,
         "background": nullable(boolean("Answer at once, and go on without the client.")),
-        "on_disconnect": nullable(
-            enum(
-                "finish",
-                "cancel",
-                text="What happens when the client leaves. Default: `finish` where stored.",
-            )
-        ),
+        "on_disconnect": ON_DISCONNECT,
         "max_output_tokens": nullable(integer("Default: what fits.", 1)),
         "top_logprobs": nullable(integer("Log-probabilities with alternatives.", 0, 20)),
         "include": nullable(array(string(), "E.g. `message.output_text.logprobs`.", maxItems=32)),
@@ -179,26 +174,16 @@ _ID = {
 }
 
 
-def _query(name: str, schema: Schema, text: str) -> dict[str, Any]:
-    return {"name": name, "in": "query", "required": False, "schema": schema, "description": text}
-
-
 LIST_QUERY = (
-    _query("after", string(), "The id of the last item that is known."),
-    _query("limit", integer("", 1, 100), "Default 20."),
-    _query("order", enum("asc", "desc"), "Default desc: the newest first."),
+    query("after", string(), "The id of the last item that is known."),
+    query("limit", integer("", 1, 100), "Default 20."),
+    query("order", enum("asc", "desc"), "Default desc: the newest first."),
 )
 
 _STREAM_QUERY = (
-    _query("stream", enum("true", "false", "1", "0"), "Follow the events."),
-    _query("starting_after", integer("", 0), "Only events after this sequence number."),
-    {
-        "name": "Last-Event-ID",
-        "in": "header",
-        "required": False,
-        "schema": {"type": "string"},
-        "description": "The same; it wins, and is what a browser sends to resume.",
-    },
+    query("stream", enum("true", "false", "1", "0"), "Follow the events."),
+    query("starting_after", integer("", 0), "Only events after this sequence number."),
+    LAST_EVENT_ID,
 )
 
 _RESPONSE_OR_STREAM = json_body(
@@ -221,8 +206,9 @@ PATHS: dict[str, dict[str, Any]] = {
         "post": _operation(
             "Make a response",
             {200: _RESPONSE_OR_STREAM},
-            errors=(400, 404, 409, 413, 415, 429, 500, 503),
+            errors=(400, 404, 409, 413, 415, 422, 429, 500, 503),
             body=ref("ResponseRequest"),
+            parameters=(IDEMPOTENCY_KEY,),
         ),
         "get": _operation(
             "Open a WebSocket",
@@ -249,7 +235,7 @@ PATHS: dict[str, dict[str, Any]] = {
         "post": _operation(
             "End a response that is being made",
             {200: json_body(ref("Response"), "The response as it is now.")},
-            errors=(404, 409, 503),
+            errors=(404, 503),
             parameters=(_ID,),
         )
     },

@@ -1,40 +1,67 @@
-"""POST /v1/completions."""
+"""/v1/completions: answer, resume and cancel."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from aiohttp import web
 
 from server.dialects import completions
-from server.dialects.projection import fingerprint
-from server.routes.bodies import json_response, read_json
-from server.routes.collect import collect
-from server.state import ENGINE, OWNER, TOKENIZER, TURNS
-from server.transports import sse
+from server.dialects.prompts import Decode
+from server.events import Event
+from server.request import TurnRequest
+from server.routes import projected
+from server.routes.bodies import read_json
+from server.state import ENGINE, OWNER, TOKENIZER
+from server.transports.sse import Frame
 
 __all__ = ["routes"]
 
 
-async def create(http: web.Request) -> web.StreamResponse:
-    """Continue one or more prompts, as a stream of chunks or as one object."""
-    info = http.app[ENGINE].info
+def _decoder(http: web.Request, request: TurnRequest) -> Decode:
     tokenizer = http.app[TOKENIZER]
-    request = completions.parse(await read_json(http), info, http[OWNER])
-    skip_special = request.turn.skip_special_tokens
 
     def decode(ids: Sequence[int]) -> str:
-        return tokenizer.decode(ids, skip_special=skip_special)
+        return tokenizer.decode(ids, skip_special=request.skip_special_tokens)
 
-    turn = await http.app[TURNS].start(request.turn)
-    if request.turn.stream:
-        stream = completions.CompletionStream(request, fingerprint(info), decode)
-        return await sse.respond(http, turn, stream.feed)
-    collector = completions.CompletionCollector(request, fingerprint(info), decode)
-    await collect(turn, collector.feed)
-    return json_response(collector.result())
+    return decode
+
+
+def _stream(http: web.Request, request: TurnRequest) -> Callable[[Event], Iterable[Frame]]:
+    asked = completions.CompletionRequest(request, request.shape)
+    decode = _decoder(http, request)
+    return completions.CompletionStream(asked, request.system_fingerprint, decode).feed
+
+
+def _collector(http: web.Request, request: TurnRequest) -> completions.CompletionCollector:
+    asked = completions.CompletionRequest(request, request.shape)
+    decode = _decoder(http, request)
+    return completions.CompletionCollector(asked, request.system_fingerprint, decode)
+
+
+_DIALECT = projected.Dialect("completions", "cmpl", _stream, _collector)
+
+
+async def create(http: web.Request) -> web.StreamResponse:
+    """Continue one or more prompts, as a stream of chunks or as one object."""
+    request = completions.parse(await read_json(http), http.app[ENGINE].info, http[OWNER])
+    return await projected.create(http, _DIALECT, request.turn)
+
+
+async def retrieve(http: web.Request) -> web.StreamResponse:
+    """Show an answer again, or the rest of its stream."""
+    return await projected.retrieve(http, _DIALECT)
+
+
+async def cancel(http: web.Request) -> web.Response:
+    """End an answer that is being made."""
+    return await projected.cancel(http, _DIALECT)
 
 
 def routes() -> list[web.RouteDef]:
     """Return this module's routes."""
-    return [web.post("/v1/completions", create)]
+    return [
+        web.post("/v1/completions", create),
+        web.get("/v1/completions/{id}", retrieve, allow_head=False),
+        web.post("/v1/completions/{id}/cancel", cancel),
+    ]

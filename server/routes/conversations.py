@@ -9,6 +9,7 @@ from server.dialects.items import read_items, read_metadata
 from server.errors import invalid
 from server.routes.bodies import json_response, read_json
 from server.routes.paging import cut_page
+from server.routes.retried import once
 from server.state import OWNER, SESSIONS
 
 __all__ = ["routes"]
@@ -17,14 +18,25 @@ MAX_NEW_ITEMS = 20
 """As in OpenAI's API."""
 
 
-async def create(http: web.Request) -> web.Response:
+async def create(http: web.Request) -> web.StreamResponse:
     """Create a conversation, with up to 20 items to begin with."""
     fields = Fields(await read_json(http) if http.can_read_body else {})
     fields.refuse_unknown(("metadata", "items"))
     metadata = read_metadata(fields)
     items = _new_items(fields) if fields.raw("items") else []
-    record = await http.app[SESSIONS].conversations.create(http[OWNER], metadata, items)
-    return json_response(record.body())
+    conversations, owner = http.app[SESSIONS].conversations, http[OWNER]
+
+    async def run(conversation_id: str | None) -> web.StreamResponse:
+        record = await conversations.create(owner, metadata, items, conversation_id)
+        return json_response(record.body())
+
+    async def again(conversation_id: str) -> web.StreamResponse:
+        return json_response((await conversations.get(conversation_id, owner)).body())
+
+    async def begun(conversation_id: str) -> bool:
+        return await conversations.exists(conversation_id)
+
+    return await once(http, run, again, prefix="conv", begun=begun)
 
 
 async def retrieve(http: web.Request) -> web.Response:

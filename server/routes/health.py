@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from aiohttp import web
@@ -9,7 +10,7 @@ from aiohttp import web
 from engine import EngineState
 from server.errors import ApiError
 from server.routes.bodies import json_response
-from server.state import ENGINE, METRICS, TURNS
+from server.state import ENGINE, JOURNALS, METRICS, SOCKETS, TURNS
 
 __all__ = ["STALL_S", "routes"]
 
@@ -49,6 +50,12 @@ async def metrics(http: web.Request) -> web.Response:
     """Return the metrics in Prometheus' text format."""
     app = http.app
     app[METRICS].engine_stats(app[ENGINE].stats)
+    app[METRICS].engine_recoveries(app[ENGINE].recoveries)
+    app[METRICS].held(
+        tasks=len(asyncio.all_tasks()),
+        journals=app[JOURNALS].num_live,
+        websockets=len(app[SOCKETS]),
+    )
     return web.Response(body=app[METRICS].render(), headers={"Content-Type": _METRICS_TYPE})
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 from aiohttp import web
 
 from server.dialects import responses as dialect
-from server.errors import ApiError, not_found
+from server.errors import ApiError, invalid, not_found
 from server.events import TERMINAL_EVENTS, Event
+from server.journal import Entry
 from server.journals import JournalNotFound
 from server.responding import begin
 from server.routes.bodies import json_response, read_json
 from server.routes.collect import collect
 from server.routes.paging import cut_page, query_flag, query_integer
-from server.state import ENGINE, JOURNALS, OWNER, SESSIONS, TURNS
+from server.routes.retried import once
+from server.state import CONTROL, ENGINE, JOURNALS, OWNER, SESSIONS, TURNS
 from server.transports import sse, websocket
 
 __all__ = ["routes"]
@@ -24,14 +27,47 @@ async def create(http: web.Request) -> web.StreamResponse:
     """Make a response: as a stream of events, as one object, or in the background."""
     app = http.app
     parsed = dialect.parse(await read_json(http), app[ENGINE].info)
-    turn, _ = await begin(parsed, owner=http[OWNER], turns=app[TURNS], sessions=app[SESSIONS])
-    if parsed.stream:
-        return await sse.stream(http, turn.batches(), on_leave=turn.detach)
-    if parsed.background:
-        return json_response(turn.response)
-    last = _Last()
-    await collect(turn, last.feed)
-    return json_response(last.response())
+
+    async def run(turn_id: str | None) -> web.StreamResponse:
+        turn, _ = await begin(
+            parsed,
+            owner=http[OWNER],
+            turns=app[TURNS],
+            sessions=app[SESSIONS],
+            turn_id=turn_id,
+        )
+        if parsed.stream:
+            return await sse.stream(http, turn.batches(), on_leave=turn.detach)
+        if parsed.background:
+            return json_response(turn.response)
+        last = _Last()
+        await collect(turn, last.feed)
+        return json_response(last.response())
+
+    async def again(turn_id: str) -> web.StreamResponse:
+        if parsed.stream:
+            return await _follow(http, turn_id, None)
+        if parsed.background:
+            return json_response((await app[SESSIONS].response(turn_id, http[OWNER])).response)
+        last = _Last()
+        await _feed(http, turn_id, last)
+        return json_response(last.response())
+
+    return await once(http, run, again)
+
+
+async def _feed(http: web.Request, turn_id: str, last: _Last) -> None:
+    """Wait for the end of a turn that another request began."""
+    watch = http.app[CONTROL].watch(turn_id)
+    try:
+        async for batch in await _batches(http, turn_id, None):
+            for entry in batch:
+                last.feed(entry.event)
+    except BaseException:
+        watch.left()
+        raise
+    finally:
+        watch.close()
 
 
 class _Last:
@@ -71,39 +107,45 @@ async def retrieve(http: web.Request) -> web.StreamResponse:
     last_id = http.headers.get("Last-Event-ID", "")
     if last_id.isascii() and last_id.isdecimal() and len(last_id) < 16:
         after = int(last_id)
+    return await _follow(http, response_id, after)
+
+
+async def _follow(http: web.Request, turn_id: str, after: int | None) -> web.StreamResponse:
+    batches = await _batches(http, turn_id, after)
+    watch = http.app[CONTROL].watch(turn_id)
     try:
-        batches = await app[JOURNALS].follow(response_id, after)
+        return await sse.stream(http, batches, on_leave=watch.left)
+    finally:
+        watch.close()
+
+
+async def _batches(
+    http: web.Request, turn_id: str, after: int | None
+) -> AsyncIterator[list[Entry]]:
+    try:
+        return await http.app[JOURNALS].follow(turn_id, after)
     except JournalNotFound:
         raise not_found(
-            f"The events of '{response_id}' are no longer stored.", code="events_not_found"
+            f"The events of '{turn_id}' are no longer stored.", code="events_not_found"
         ) from None
-    return await sse.stream(http, batches)
 
 
 async def cancel(http: web.Request) -> web.Response:
-    """End a response that is being made. One that has ended stays as it is."""
+    """End a response, wherever it is being made. One that has ended stays as it is."""
     app, response_id = http.app, http.match_info["id"]
-    await app[SESSIONS].response(response_id, http[OWNER])
-    turn = app[TURNS].get(response_id)
-    if turn is not None:
-        await turn.cancel()
     record = await app[SESSIONS].response(response_id, http[OWNER])
     if record.response["status"] == "in_progress":
-        raise ApiError(
-            409,
-            f"'{response_id}' is being made by another server of this cluster; cancel it there.",
-            code="response_elsewhere",
-        )
+        await app[CONTROL].cancel(response_id)
+        record = await app[SESSIONS].response(response_id, http[OWNER])
     return json_response(record.response)
 
 
 async def delete(http: web.Request) -> web.Response:
     """Delete a response and its events; one that is being made is cancelled first."""
     app, response_id = http.app, http.match_info["id"]
-    await app[SESSIONS].response(response_id, http[OWNER])
-    turn = app[TURNS].get(response_id)
-    if turn is not None:
-        await turn.cancel()
+    record = await app[SESSIONS].response(response_id, http[OWNER])
+    if record.response["status"] == "in_progress":
+        await app[CONTROL].cancel(response_id)
     await app[SESSIONS].delete_response(response_id, http[OWNER])
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
@@ -122,6 +164,9 @@ async def connect(http: web.Request) -> web.StreamResponse:
             "GET /v1/responses opens a WebSocket; send a POST to make a response over HTTP.",
             code="method_not_allowed",
         )
+    if "Transfer-Encoding" in http.headers or http.headers.get("Content-Length", "0") != "0":
+        # Its end is where the frames begin; a proxy in between may see that elsewhere.
+        raise invalid("A request that opens a WebSocket has no body.", code="invalid_body")
     return await websocket.serve(http)
 
 

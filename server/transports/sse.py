@@ -17,7 +17,15 @@ from server.state import SETTINGS
 from server.store import StoreError
 from server.turn import Turn
 
-__all__ = ["Frame", "encode_frames", "event_frames", "queue_comments", "respond", "stream"]
+__all__ = [
+    "Frame",
+    "encode_frames",
+    "event_frames",
+    "project",
+    "queue_comments",
+    "respond",
+    "stream",
+]
 
 log = logging.getLogger("millrace.sse")
 
@@ -56,15 +64,15 @@ def event_frames(batch: list[Entry]) -> bytes:
     """Return a turn's events as they are, each with its sequence number as ``id``."""
     return b"".join(
         b"event: %b\nid: %d\ndata: %b\n\n"
-        % (type_name(event).encode(), event.sequence_number, data)
-        for event, data in batch
+        % (type_name(entry.event).encode(), entry.event.sequence_number, entry.data)
+        for entry in batch
     )
 
 
 def queue_comments(batch: list[Entry]) -> bytes:
     """Return a waiting turn's places as comments, for dialects that have no event for them."""
     return b"".join(
-        b": queued %b\n" % data for event, data in batch if isinstance(event, ResponseQueued)
+        b": queued %b\n" % entry.data for entry in batch if isinstance(entry.event, ResponseQueued)
     )
 
 
@@ -84,13 +92,31 @@ async def respond(
     If the client leaves before the terminal event, ``turn.detach()`` is called.
     """
 
-    def render(batch: list[Entry]) -> bytes:
-        frames = encode_frames(frame for entry in batch for frame in project(entry.event))
-        return queue_comments(batch) + frames
-
     return await stream(
-        http, turn.batches(), render, tail=encode_frames(tail), on_leave=turn.detach
+        http, turn.batches(), _rendering(project), tail=encode_frames(tail), on_leave=turn.detach
     )
+
+
+async def project(
+    http: web.Request,
+    batches: AsyncIterator[list[Entry]],
+    feed: Callable[[Event], Iterable[Frame]],
+    *,
+    on_leave: Callable[[], None],
+) -> web.StreamResponse:
+    """Stream a turn that began earlier through a dialect's projection."""
+    return await stream(http, batches, _rendering(feed), on_leave=on_leave)
+
+
+def _rendering(
+    feed: Callable[[Event], Iterable[Frame]],
+) -> Callable[[list[Entry]], bytes]:
+    def render(batch: list[Entry]) -> bytes:
+        return queue_comments(batch) + encode_frames(
+            frame for entry in batch for frame in feed(entry.event)
+        )
+
+    return render
 
 
 async def stream(

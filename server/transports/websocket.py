@@ -26,9 +26,11 @@ from server.dialects.fields import Fields, load_json, show
 from server.errors import ApiError, invalid
 from server.journal import Entry
 from server.responding import Items, begin
-from server.state import ENGINE, OWNER, SESSIONS, SETTINGS, SOCKETS, TURNS
+from server.state import CONTROL, ENGINE, JOURNALS, OWNER, SESSIONS, SETTINGS, SOCKETS, TURNS
 from server.store import StoreError
+from server.stored_log import is_terminal
 from server.turn import Turn
+from server.turn_record import decode_view
 
 __all__ = ["KEY_PROTOCOL", "PROTOCOL", "serve"]
 
@@ -113,6 +115,8 @@ class _Connection:
                 )
         except ApiError as error:
             await self.send_error(error, stream_id)
+        except StoreError:
+            await self.send_error(_store_unavailable(), stream_id)
 
     async def send_error(self, error: ApiError, stream_id: str | None) -> None:
         """Send an ``error`` event."""
@@ -159,6 +163,9 @@ class _Connection:
             turn = self._app[TURNS].get(response_id)
             if turn is None or turn.request.owner != self._owner:
                 turn = None
+                if await self._elsewhere(response_id):
+                    await self._app[CONTROL].ask(response_id)
+                    return
         else:
             lane = self._lanes.get(stream_id)
             turn = lane.turn if lane is not None else None
@@ -171,6 +178,14 @@ class _Connection:
                 param="response_id",
             )
         turn.stop()
+
+    async def _elsewhere(self, response_id: str) -> bool:
+        """Return whether another server makes a response of this client's."""
+        data = await self._app[JOURNALS].view(response_id)
+        if data is None or decode_view(data).request.owner != self._owner:
+            return False
+        last = await self._app[JOURNALS].stored.last(response_id)
+        return last is not None and not is_terminal(last)
 
     async def _work(self, stream_id: str | None, lane: _Lane) -> None:
         """Run a lane's turns; the lane is gone when none is left."""

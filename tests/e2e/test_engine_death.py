@@ -1,28 +1,25 @@
-"""The engine process is killed under the server: clients are told, and it comes back."""
+"""The engine process is killed and stopped under the server: clients see nothing but a pause."""
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-import openai
 import psutil
 import pytest
-from openai import AsyncOpenAI, OpenAI
-from openai.types.chat import ChatCompletionChunk
+from openai import AsyncOpenAI
 
 from tests.e2e.live import LiveServer
 
-LONG: dict[str, Any] = {
-    "model": "pebble",
-    "messages": [{"role": "user", "content": "Hello"}],
-    "max_tokens": 3000,
-    "extra_body": {"ignore_eos": True},
-}
+NUM_STREAMS = 4
+NUM_TOKENS = 500
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def own_server() -> Iterator[LiveServer]:
     live = LiveServer(["--kv-memory", "64MiB"])
     try:
@@ -30,22 +27,79 @@ def own_server() -> Iterator[LiveServer]:
     finally:
         status = live.stop()
     assert status == 0, live.log
+    assert "Traceback" not in live.log
 
 
-def engine_of(server: LiveServer) -> psutil.Process:
-    children = psutil.Process(server.pid).children()
-    (engine,) = [child for child in children if "engine" in child.cmdline()]
-    return engine
+def engine_of(server: LiveServer) -> psutil.Process | None:
+    """The engine that serves; None while there is none. The spare one has another name."""
+    for child in psutil.Process(server.pid).children():
+        try:
+            if child.name() == "millrace-engine" and child.status() != psutil.STATUS_ZOMBIE:
+                return child
+        except psutil.NoSuchProcess:
+            continue
+    return None
 
 
-async def kill_while_reading(
-    stream: openai.AsyncStream[ChatCompletionChunk], server: LiveServer
-) -> None:
-    killed = False
-    async for chunk in stream:
-        if not killed and chunk.choices[0].delta.content:
-            engine_of(server).kill()
-            killed = True
+@dataclass
+class Nemesis:
+    """Hurts the engine each time the streams together have come so many chunks further."""
+
+    server: LiveServer
+    how: signal.Signals
+    times: int
+    every: int
+    done: int = 0
+    seen: int = 0
+    hurt: set[int] = field(default_factory=set)
+
+    def see_chunk(self) -> None:
+        self.seen += 1
+        if self.done < self.times and self.seen >= self.every * (self.done + 1):
+            engine = engine_of(self.server)
+            if engine is not None and engine.pid not in self.hurt:
+                self.hurt.add(engine.pid)
+                self.done += 1
+                engine.send_signal(self.how)
+
+
+@dataclass
+class Answer:
+    """What a client saw of one stream."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    completion_tokens: int | None = None
+    prompt_tokens: int | None = None
+
+
+async def read(server: LiveServer, index: int, nemesis: Nemesis | None) -> Answer:
+    options: dict[str, Any] = {
+        "model": "pebble",
+        "messages": [{"role": "user", "content": f"Tell me about number {index}."}],
+        "max_tokens": NUM_TOKENS,
+        "seed": index,
+        "temperature": 0.0 if index == 0 else 1.0,
+        "frequency_penalty": 0.3 * index,
+        "extra_body": {"ignore_eos": True},
+        "stream_options": {"include_usage": True},
+    }
+    answer = Answer()
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+        async for chunk in await client.chat.completions.create(**options, stream=True):
+            if chunk.usage is not None:
+                answer.completion_tokens = chunk.usage.completion_tokens
+                answer.prompt_tokens = chunk.usage.prompt_tokens
+            for choice in chunk.choices:
+                answer.text += choice.delta.content or ""
+                answer.finish_reason = choice.finish_reason or answer.finish_reason
+            if nemesis is not None:
+                nemesis.see_chunk()
+    return answer
+
+
+async def read_all(server: LiveServer, nemesis: Nemesis | None = None) -> list[Answer]:
+    return await asyncio.gather(*(read(server, index, nemesis) for index in range(NUM_STREAMS)))
 
 
 def wait_ready(server: LiveServer) -> None:
@@ -54,20 +108,39 @@ def wait_ready(server: LiveServer) -> None:
         assert time.monotonic() < give_up_s, server.log
 
 
-async def test_clients_are_told_and_the_engine_comes_back(own_server: LiveServer) -> None:
-    async with AsyncOpenAI(
-        base_url=f"{own_server.url}/v1", api_key="unused", max_retries=0
-    ) as client:
-        stream = await client.chat.completions.create(**LONG, stream=True)
-        with pytest.raises(openai.APIError, match="engine") as caught:
-            await kill_while_reading(stream, own_server)
-        assert caught.value.code == "engine_died"
-    with OpenAI(base_url=f"{own_server.url}/v1", api_key="unused", max_retries=0) as again:
-        wait_ready(own_server)
-        answer = again.chat.completions.create(**{**LONG, "max_tokens": 4})
-        assert answer.usage is not None
-        assert answer.usage.completion_tokens == 4
-    samples = own_server.idle_metrics()
-    assert samples["millrace_engine_restarts_total"] == 1
-    assert samples["millrace_turns_total{dialect=chat,status=failed}"] == 1
-    assert "Traceback" not in own_server.log
+@pytest.mark.parametrize(("how", "times"), [(signal.SIGKILL, 3), (signal.SIGSTOP, 2)])
+async def test_answers_are_the_undisturbed_ones(
+    own_server: LiveServer, how: signal.Signals, times: int
+) -> None:
+    before = own_server.metrics()
+    undisturbed = await read_all(own_server)
+    assert all(answer.completion_tokens == NUM_TOKENS for answer in undisturbed)
+    assert len({answer.text for answer in undisturbed}) == NUM_STREAMS
+    nemesis = Nemesis(own_server, how, times, every=60)
+    assert await read_all(own_server, nemesis) == undisturbed
+    assert nemesis.done == times, "the streams ended before the engine was hurt"
+    wait_ready(own_server)
+    after = own_server.idle_metrics()
+
+    def grown(name: str) -> float:
+        return after[f"millrace_engine_{name}_total"] - before[f"millrace_engine_{name}_total"]
+
+    assert grown("restarts") == grown("recoveries") == times
+    assert grown("hangs") == (times if how == signal.SIGSTOP else 0)
+    assert grown("replayed_requests") > times
+    assert grown("given_up_requests") == 0
+    assert not after.get("millrace_turns_total{dialect=chat,status=failed}")
+
+
+async def test_an_idle_engine_that_dies_is_replaced(own_server: LiveServer) -> None:
+    wait_ready(own_server)
+    restarts = own_server.metrics()["millrace_engine_restarts_total"]
+    engine = engine_of(own_server)
+    assert engine is not None
+    engine.kill()
+    engine.wait(30)
+    give_up_s = time.monotonic() + 120
+    while own_server.metrics()["millrace_engine_recoveries_total"] != restarts + 1:
+        assert time.monotonic() < give_up_s, own_server.log
+    answer = await read(own_server, 1, None)
+    assert answer.completion_tokens == NUM_TOKENS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -75,12 +75,19 @@ class Engine:
         )
         self.answers = {}
 
-    def add(self, prompt: list[int], **sampling: Any) -> str:
-        """Submit a request; greedy unless told otherwise."""
+    def add(self, prompt: list[int], *, output_ids: Sequence[int] = (), **sampling: Any) -> str:
+        """Submit a request, some of whose answer may be known; greedy unless told otherwise."""
         request_id = f"r{next(self._ids)}"
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": 16, **sampling})
-        self.scheduler.add(Request(request_id=request_id, prompt_ids=prompt, sampling=params))
+        request = Request(
+            request_id=request_id,
+            prompt_ids=prompt,
+            sampling=params,
+            output_ids=list(output_ids),
+        )
         self.answers[request_id] = Answer()
+        if last := self.scheduler.add(request):
+            self.answers[request_id].add(last)
         return request_id
 
     def step(self) -> Plan:
@@ -97,9 +104,11 @@ class Engine:
             self.step()
         self.scheduler.check_integrity()
 
-    def generate(self, prompt: list[int], **sampling: Any) -> Answer:
+    def generate(
+        self, prompt: list[int], *, output_ids: Sequence[int] = (), **sampling: Any
+    ) -> Answer:
         """The answer to one request, together with whatever else is in flight."""
-        request_id = self.add(prompt, **sampling)
+        request_id = self.add(prompt, output_ids=output_ids, **sampling)
         self.run()
         return self.answers[request_id]
 

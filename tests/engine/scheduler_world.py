@@ -8,10 +8,13 @@ state that was never written, is found at once.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+import msgspec
 
 from engine.errors import RequestError
 from engine.types import Delta, FinishReason, Request, SamplingParams, TokenLogprobs, Usage
@@ -95,6 +98,8 @@ class _Record:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] | None = None
     last: Delta | None = None
+    deaths: int = 0
+    """Schedulers that were lost while it was in flight."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,17 @@ class World:
     def __init__(self, settings: WorldSettings, modules: Any) -> None:
         self.settings = settings
         self.modules = modules
+        self.live: dict[str, _Record] = {}
+        self.done: list[_Record] = []
+        self.deaths = 0
+        self._arrivals = 0
+        self._past: Counter[str] = Counter()
+        """Figures of schedulers that are gone."""
+        self._begin()
+
+    def _begin(self) -> None:
+        settings, modules = self.settings, self.modules
+        self.slots: dict[int, int] = {}
         self.cache = modules.cache.CacheManager(
             [modules.cache.FullAttentionGroup()],
             settings.num_blocks,
@@ -131,10 +147,6 @@ class World:
             eos_token_ids=(EOS,),
             chunk_tokens=settings.chunk_tokens,
         )
-        self.live: dict[str, _Record] = {}
-        self.done: list[_Record] = []
-        self.slots: dict[int, int] = {}
-        self._arrivals = 0
 
     @property
     def max_request_tokens(self) -> int:
@@ -160,6 +172,21 @@ class World:
         self.live[request.request_id] = record
         self.scheduler.check_integrity()
         return True
+
+    def total(self, name: str) -> int:
+        """A figure of the scheduler's, summed over all there were."""
+        return self._past[name] + int(self.scheduler.stats()[name])
+
+    def die(self) -> None:
+        """Lose scheduler and cache; a new one is given what was in flight and was said of it."""
+        self.deaths += 1
+        self._past.update(self.scheduler.stats())
+        self._begin()
+        for record in self.live.values():
+            record.deaths += 1
+            request = msgspec.structs.replace(record.request, output_ids=list(record.tokens))
+            assert self.scheduler.add(request) is None
+        self.scheduler.check_integrity()
 
     def abort(self, request_id: str) -> None:
         """End a request; its blocks are free at once and it is told so once."""
@@ -201,11 +228,11 @@ class World:
         assert self.cache.num_free == self.cache.num_usable
         stats = self.scheduler.stats()
         assert stats["running"] == stats["waiting"] == 0
-        assert stats["generation_tokens"] == sum(len(r.tokens) for r in self.done)
+        assert self.total("generation_tokens") == sum(len(r.tokens) for r in self.done)
         prompts = sum(len(r.request.prompt_ids) for r in self.done)
         counted = stats["prompt_tokens"] + stats["cached_tokens"]
         aborted = any(r.last and r.last.finish_reason is FinishReason.ABORT for r in self.done)
-        assert counted <= prompts if aborted else counted == prompts
+        assert counted <= prompts if aborted or self.deaths else counted == prompts
 
     def _check_plan(self, plan: Any) -> None:
         settings = self.settings
@@ -321,7 +348,7 @@ class World:
                 _entry(last[start + index], token) for index, token in enumerate(record.tokens)
             ]
         if request.sampling.prompt_logprobs is not None and record.tokens:
-            assert delta.usage.cached_tokens == 0
+            assert delta.usage.cached_tokens == 0 or record.deaths
             assert record.prompt_logprobs == [
                 _entry(last[index], request.prompt_ids[index])
                 for index in range(1, len(request.prompt_ids))
@@ -365,6 +392,8 @@ def drive(settings: WorldSettings, modules: Any, seed: int, num_actions: int = 6
                 world.abort(victim)
             else:
                 world.step(partial(world.abort, victim))
+        elif action < 0.45:
+            world.die()
         else:
             world.step()
     world.drain()

@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator
 import psutil
 import pytest
 
-from engine.client import EngineClient, EngineState, RequestStream
+from engine.client import EngineClient, EngineState
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, EngineClosed, EngineDied, RequestError
+from engine.streams import RequestStream
 from engine.types import FinishReason, Request, SamplingParams
-from tests.engine.fake_engine import DIE, HANG, INFO
+from tests.engine.fake_engine import HANG, INFO
 
 COMMAND = (sys.executable, "-m", "tests.engine.fake_engine")
 
@@ -28,11 +29,6 @@ def request(name: str, prompt: list[int], max_tokens: int = 5) -> Request:
 
 async def tokens(stream: RequestStream) -> list[int]:
     return [token async for delta in stream for token in delta.token_ids]
-
-
-async def until_ready(client: EngineClient) -> None:
-    while client.state is not EngineState.READY:
-        await asyncio.sleep(0.01)
 
 
 @pytest.fixture
@@ -97,32 +93,6 @@ async def test_a_request_id_in_use_is_refused(client: EngineClient) -> None:
     with pytest.raises(RequestError, match="'twice' is in use"):
         client.generate(request("twice", [0]))
     await stream.aclose()
-
-
-async def test_death_fails_what_was_in_flight_and_the_next_process_serves(
-    client: EngineClient,
-) -> None:
-    other = client.generate(request("other", [0], 10**9))
-    await anext(other)
-    doomed = client.generate(request("doomed", [DIE]))
-    with pytest.raises(EngineDied):
-        await tokens(doomed)
-    with pytest.raises(EngineDied):
-        await tokens(other)
-    with pytest.raises(EngineClosed, match="restarting"):
-        client.generate(request("too early", [0]))
-    await until_ready(client)
-    assert await tokens(client.generate(request("again", [7], 3))) == [8, 9, 10]
-    assert client.restarts == 1
-
-
-async def test_tokens_that_arrived_before_the_death_are_not_lost(client: EngineClient) -> None:
-    stream = client.generate(request("doomed", [DIE]))
-    got = []
-    with pytest.raises(EngineDied):
-        async for delta in stream:
-            got += delta.token_ids
-    assert got == [DIE + 1]
 
 
 async def test_close_ends_a_hung_engine_and_its_requests(client: EngineClient) -> None:

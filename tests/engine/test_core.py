@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
+import torch
 
 from engine.cache import CacheManager, FullAttentionGroup
 from engine.config import EngineConfig
-from engine.core import Core
+from engine.core import Core, StepFailed, is_lack_of_memory
 from engine.link import (
     HEARTBEAT_S,
     Abort,
@@ -18,7 +20,7 @@ from engine.link import (
     ToEngine,
 )
 from engine.scheduler import Plan, Scheduler, StepOutput
-from engine.types import Delta, FinishReason, Request, SamplingParams
+from engine.types import Delta, FinishReason, Request, SamplingParams, Usage
 
 
 class ScriptedLink:
@@ -63,12 +65,12 @@ def submit(name: str, prompt: list[int], max_tokens: int) -> Submit:
     )
 
 
-def run(link: ScriptedLink) -> CountingRunner:
+def run(link: ScriptedLink, runner: CountingRunner | None = None) -> CountingRunner:
     cache = CacheManager([FullAttentionGroup()], num_blocks=33, block_size=4)
     scheduler = Scheduler(
         cache, max_num_tokens=16, max_num_seqs=8, max_model_len=64, eos_token_ids=[0]
     )
-    runner = CountingRunner()
+    runner = runner or CountingRunner()
     core = Core(link, scheduler, runner, vocab_size=100, check_integrity=True)
     with pytest.raises(LinkClosed):
         core.run()
@@ -116,6 +118,43 @@ def test_a_token_the_model_does_not_have_is_refused_before_it_reaches_a_kernel()
     (refused,) = link.deltas("odd")
     assert refused.error is not None
     assert "token id 100 is not one of the model's 100" in refused.error
+
+
+def test_known_output_is_continued_or_found_complete() -> None:
+    request = submit("a", [10], 4).request
+    known = [msgspec.structs.replace(request, output_ids=[11] * 2)]
+    known.append(msgspec.structs.replace(request, request_id="b", output_ids=[11, 12, 13, 14]))
+    known.append(msgspec.structs.replace(request, request_id="c", output_ids=[100]))
+    link = ScriptedLink([Submit(one) for one in known], [], [], [])
+    run(link)
+    assert [delta.token_ids for delta in link.deltas("a")] == [[12], [13]]
+    (complete,) = link.deltas("b")
+    assert (complete.token_ids, complete.finish_reason) == ([], FinishReason.LENGTH)
+    assert complete.usage == Usage(1, 0, 4, 0)
+    (refused,) = link.deltas("c")
+    assert refused.error is not None
+    assert "token id 100" in refused.error
+
+
+@pytest.mark.parametrize(
+    ("cause", "is_memory"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 bytes"), True),
+        (RuntimeError("shapes do not match"), False),
+    ],
+)
+def test_a_step_that_fails_ends_the_loop_and_says_why(cause: Exception, is_memory: bool) -> None:
+    class Failing(CountingRunner):
+        def step(self, plan: Plan) -> StepOutput:
+            raise cause
+
+    link = ScriptedLink([submit("a", [10, 11], 3), submit("b", [20], 2)], [])
+    with pytest.raises(StepFailed, match="2 requests with 3 new tokens") as caught:
+        run(link, Failing())
+    assert caught.value.__cause__ is cause
+    assert is_lack_of_memory(caught.value.__cause__) == is_memory
 
 
 def test_an_abort_is_answered_in_the_same_round() -> None:

@@ -115,6 +115,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             leave()
 
     @rule()
+    def die(self) -> None:
+        self.world.die()
+
+    @rule()
     def forget_a_plan(self) -> None:
         self.world.scheduler.plan()
         self.world.scheduler.check_integrity()
@@ -144,14 +148,15 @@ def random_settings(seed: int) -> WorldSettings:
 def test_random_worlds_exercise_what_they_are_for() -> None:
     preemptions = cached = 0
     for seed in range(60):
-        stats = drive(random_settings(seed), real_modules(), seed).scheduler.stats()
-        preemptions += stats["preemptions"]
-        cached += stats["cached_tokens"]
+        world = drive(random_settings(seed), real_modules(), seed)
+        preemptions += world.total("preemptions")
+        cached += world.total("cached_tokens")
     assert preemptions > 20
     assert cached > 200
 
 
 CACHE, SCHEDULER, BLOCKS = "engine.cache", "engine.scheduler", "engine.blocks"
+STEPS = "engine.steps"
 MUTATIONS = [
     Mutation("reference not dropped", BLOCKS, "ref_counts[block] -= 1", "keys"),
     Mutation("reference not counted", BLOCKS, "ref_counts[block] += 1", "keys"),
@@ -230,11 +235,11 @@ MUTATIONS = [
     ),
     Mutation(
         "one token too many",
-        SCHEDULER,
-        "len(token_ids) >= state.max_len",
-        "len(token_ids) > state.max_len",
+        STEPS,
+        "len(token_ids) >= self.max_len",
+        "len(token_ids) > self.max_len",
     ),
-    Mutation("stop tokens ignored", SCHEDULER, "if token_id in state.stop_ids and", "if False and"),
+    Mutation("stop tokens ignored", STEPS, "if token_ids[-1] in self.stop_ids and", "if False and"),
     Mutation(
         "prompt logprobs from cache",
         SCHEDULER,
@@ -257,7 +262,7 @@ MUTATIONS = [
     Mutation("priorities wait", SCHEDULER, "        self._admit_urgent()\n", ""),
     Mutation(
         "arrival order forgotten",
-        "engine.steps",
+        STEPS,
         "(request.priority, arrival)",
         "(request.priority, -arrival)",
     ),
@@ -280,6 +285,13 @@ MUTATIONS = [
         "news = max(0, min(num_computed, state.num_prompt) - state.prompt_seen)",
         "news = min(num_computed, state.num_prompt)",
     ),
+    Mutation(
+        "known output taken for prompt",
+        STEPS,
+        "self.num_prompt = len(request.prompt_ids)",
+        "self.num_prompt = len(self.token_ids)",
+    ),
+    Mutation("prompt logprobs after a death", STEPS, "is None or request.output_ids", "is None"),
 ]
 
 

@@ -138,6 +138,37 @@ CASES = [
 ]
 
 
+RESUMED = [
+    Case("chat_resumed", "/v1/chat/completions", {**CHAT, **STREAM}),
+    Case("completions_resumed", "/v1/completions", {**TEXT, **STREAM}),
+]
+"""Streams of which a client has two frames when it comes back."""
+
+
+async def record_resumed(edge: Edge, case: Case) -> bytes:
+    async with edge.client.post(case.path, json=case.body) as response:
+        frames = (await response.read()).split(b"\n\n")
+    place = re.search(rb"^id: (.*)$", frames[1], re.MULTILINE)
+    assert place is not None
+    last_id = place[1].decode()
+    path = f"{case.path}/{last_id.partition(':')[0]}?stream=true"
+    headers = {"Last-Event-ID": last_id}
+    async with edge.client.get(path, headers=headers) as response:
+        shown = Case(case.name, path, None, method="GET")
+        text = transcript(shown, response, await response.read())
+    return normal(b"> Last-Event-ID: " + last_id.encode() + b"\n" + text)
+
+
+@pytest.mark.parametrize("case", RESUMED, ids=lambda case: case.name)
+async def test_resumed_transcript(case: Case) -> None:
+    async with serving(ScriptedEngine(say(case.said), max_model_len=64)) as edge:
+        now = await record_resumed(edge, case)
+    path = HERE / f"{case.name}.txt"
+    if UPDATE:
+        path.write_bytes(now)
+    assert path.read_bytes() == now, f"{path.name} differs; MILLRACE_UPDATE_GOLDEN=1 writes it"
+
+
 async def record(edge: Edge, case: Case) -> bytes:
     options = {} if case.body is None else {"json": case.body}
     async with edge.client.request(case.method, case.path, **options) as response:
@@ -182,7 +213,7 @@ async def test_transcript(case: Case) -> None:
 
 
 def test_every_transcript_has_its_case() -> None:
-    assert {path.stem for path in HERE.glob("*.txt")} == {case.name for case in CASES}
+    assert {path.stem for path in HERE.glob("*.txt")} == {case.name for case in [*CASES, *RESUMED]}
 
 
 def test_only_ids_and_times_are_replaced() -> None:

@@ -16,6 +16,6 @@ from server.store import Store
 __all__ = ["open_gate"]
 
 
-def open_gate(engine: Any, store: Store, metrics: Metrics) -> Gate:
+def open_gate(engine: Any, store: Store, metrics: Metrics, keys: KeyRing | None = None) -> Gate:
     waiting = WaitingTurns(lambda: engine.stats, Pace(), max_waiting=1000, max_wait_s=1000.0)
-    return Gate(KeyRing(), Limits(store, Ledger(store, Prices())), waiting, metrics)
+    return Gate(keys or KeyRing(), Limits(store, Ledger(store, Prices())), waiting, metrics)

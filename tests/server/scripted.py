@@ -23,6 +23,7 @@ from engine import (
     EngineStats,
     FinishReason,
     ModelInfo,
+    Recoveries,
     Request,
     RequestError,
     RequestStream,
@@ -160,7 +161,7 @@ class ScriptedEngine:
         )
         self.state = EngineState.READY
         self.stats = EngineStats(num_blocks=1024, free_blocks=1024)
-        self.restarts = 0
+        self.recoveries = Recoveries()
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.running: dict[str, RequestStream] = {}
@@ -249,7 +250,9 @@ class ScriptedEngine:
     async def _deltas(self, request: Request, script: Script) -> AsyncIterator[Delta]:
         sent = 0
         limit = request.sampling.max_tokens
-        for number, step in enumerate(script.steps):
+        steps = _after(script.steps, request.output_ids)
+        sent = len(request.output_ids)
+        for number, step in enumerate(steps):
             await asyncio.sleep(self._step_s)
             if script.hold is not None and number > 0:
                 await script.hold.wait()
@@ -257,7 +260,7 @@ class ScriptedEngine:
                 self.die()
                 return
             ids = step[: limit - sent]
-            last = number == len(script.steps) - 1
+            last = number == len(steps) - 1
             reason = script.end if last else None
             if len(ids) < len(step) or (sent + len(ids) == limit and not last):
                 reason = FinishReason.LENGTH
@@ -290,6 +293,19 @@ class ScriptedEngine:
             usage=Usage(len(request.prompt_ids), 0, sent, 0) if reason else None,
             error="scripted failure" if reason is FinishReason.ERROR else None,
         )
+
+
+def _after(steps: list[list[int]], known_ids: list[int]) -> list[list[int]]:
+    """Return what is left of the steps behind tokens that are known already."""
+    said = [token_id for step in steps for token_id in step]
+    assert said[: len(known_ids)] == known_ids, "these tokens were never generated"
+    left: list[list[int]] = []
+    skip = len(known_ids)
+    for step in steps:
+        if len(step) > skip or not known_ids:
+            left.append(step[skip:])
+        skip = max(0, skip - len(step))
+    return left or [[]]
 
 
 def _logprobs(ids: Iterable[int], count: int) -> list[TokenLogprobs]:

@@ -257,7 +257,7 @@ class TestLife:
                 first = await response.content.readline()
                 process.send_signal(signal.SIGTERM)
                 rest = await response.read()
-            assert first.startswith(b"data: ")
+            assert first.startswith(b"id: chatcmpl-")
             assert b'"finish_reason":"length"' in rest
             assert rest.endswith(b"data: [DONE]\n\n")
             assert await process.wait() == 0

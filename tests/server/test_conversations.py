@@ -301,3 +301,21 @@ async def test_store_that_went_away_is_a_503(monkeypatch: pytest.MonkeyPatch) ->
 
 async def _refuse(*_: Any) -> None:
     raise OSError("gone")
+
+
+async def test_an_append_whose_answer_got_lost_is_repeated_without_a_trace() -> None:
+    store = await memory_store()
+    conversations = Sessions(store, Journals(store), retention_s=60).conversations
+    items: list[dict[str, Any]] = [{"id": name, "type": "message"} for name in "abcd"]
+    record = await conversations.create("", {}, items[:1])
+    chat = record.conversation_id
+    await conversations.append(chat, items[1:3])
+    before = await conversations._items(chat)
+    await conversations.append(chat, items[1:3])
+    assert await conversations._items(chat) == before
+    assert [stored.parent for stored in before] == [None, "a", "b"]
+    # A part of it that is new goes behind.
+    await conversations.append(chat, items[1:])
+    assert (await conversations._items(chat))[:3] == before
+    assert (await conversations._items(chat))[3].parent == "c"
+    await store.close()

@@ -60,6 +60,17 @@ async def test_limits_are_refused_with_429_and_shown_in_headers(tmp_path: Path) 
         assert len(served.engine.requests) == 3
 
 
+async def test_a_request_sent_again_is_charged_once(tmp_path: Path) -> None:
+    async with serving(api_key_file=key_file(tmp_path, requests_per_minute=1)) as served:
+        for _ in range(2):
+            headers = {**ONE, "Idempotency-Key": "once"}
+            status, answer = await served.post(CHAT, chat(), headers=headers)
+            assert (status, answer["usage"]["completion_tokens"] > 0) == (200, True)
+        status, _ = await served.post(CHAT, chat(), headers={**ONE, "Idempotency-Key": "new"})
+        assert status == 429
+        assert len(served.engine.requests) == 1
+
+
 async def test_the_sdk_sees_a_rate_limit_error(tmp_path: Path) -> None:
     async with serving(api_key_file=key_file(tmp_path, requests_per_minute=1)) as served:
         client = openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="one", max_retries=0)

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 from aiohttp.http_exceptions import BadStatusLine
+from aiohttp.web import RequestPayloadError
 
 from server.guard.noise import http_logger
 
@@ -14,7 +15,7 @@ def test_broken_http_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     logger = http_logger()
     assert http_logger() is logger
     with caplog.at_level(logging.DEBUG):
-        for error in (BadStatusLine("secret"), ValueError("ours")):
+        for error in (BadStatusLine("secret"), RequestPayloadError("secret"), ValueError("ours")):
             try:
                 raise error
             except Exception:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from server.background import end
 from server.events import (
     Discontinuity,
     Event,
@@ -264,7 +265,7 @@ async def test_hole_in_the_stored_log_is_told(journals: Journals, store: Store) 
         journal.append(event)
     await journal.written()
     journals.release(journal)
-    await store.redis.xdel(store.key("journal", "t"), "3-0", "4-0")
+    await store.redis.xdel(store.key("journal", "t"), "0-3", "0-4")
     events = await read(await journals.follow("t", 0))
     assert [event.sequence_number for event in events] == [1, 3, 4]
     gap = events[1]
@@ -326,9 +327,8 @@ async def test_reader_ends_the_turn_of_a_dead_replica(store: Store) -> None:
     journal.append(delta("a"))
     await journal.written()
     assert await alive.settle("t") is None
-    for task in dead._tasks:
-        task.cancel()
-    await store.redis.delete(dead._replica_key(dead.replica_id))
+    await end(*dead._tasks)
+    await store.redis.delete(dead.replicas.key(dead.replica_id))
     readers = [read(await alive.follow("t")) for _ in range(3)]
     for events in await asyncio.gather(*readers):
         assert [event.sequence_number for event in events] == [0, 1, 2]
@@ -345,7 +345,8 @@ async def test_replica_taken_for_dead_gives_in(store: Store) -> None:
     journal = open_journal(slow)
     journal.append(created())
     await journal.written()
-    await store.redis.delete(slow._replica_key(slow.replica_id))
+    await end(slow._tasks[1])
+    await store.redis.delete(slow.replicas.key(slow.replica_id))
     assert await other.settle("t") is not None
     journal.append(delta("too late"))
     events = await read(journal.follow())

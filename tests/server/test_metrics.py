@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine import EngineStats
-from server.metering.enginewatch import EngineWatch
+from engine import EngineStats, Recoveries
 from server.metering.loopwatch import LoopWatch
 from server.metering.metrics import Metrics
 
@@ -88,24 +87,19 @@ def test_no_blocks_is_no_division_by_zero() -> None:
     assert read(metrics)["millrace_kv_usage_ratio"] == 0
 
 
-@given(st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=5), min_size=1, max_size=4))
-def test_counters_go_on_over_engine_restarts(lives: list[list[int]]) -> None:
-    """Each inner list is one engine process: what its steps added, the first always something."""
+@given(st.lists(st.integers(0, 50), max_size=8))
+def test_counters_take_over_totals(added: list[int]) -> None:
     metrics = Metrics()
     total = 0
-    for life in lives:
-        # A new process is first heard of at 0, as the client resets its figures.
-        metrics.engine_stats(EngineStats())
-        count = 0
-        for added in life:
-            count += added
-            total += added
-            metrics.engine_stats(EngineStats(generation_tokens=count, cached_tokens=2 * count))
+    for count in added:
+        total += count
+        metrics.engine_stats(EngineStats(generation_tokens=total, cached_tokens=2 * total))
+        metrics.engine_recoveries(Recoveries(restarts=total, recovery_s=total / 4))
     samples = read(metrics)
     assert samples["millrace_generation_tokens_total"] == total
     assert samples["millrace_prefix_cache_hit_tokens_total"] == 2 * total
-    restarts = sum(sum(life) > 0 for life in lives[:-1])
-    assert samples["millrace_engine_restarts_total"] == restarts
+    assert samples["millrace_engine_restarts_total"] == total
+    assert samples["millrace_engine_recovery_seconds_total"] == total / 4
 
 
 def test_two_servers_in_one_process_do_not_mix() -> None:
@@ -134,25 +128,3 @@ async def test_the_loop_watch_sees_a_callback_that_holds_the_loop() -> None:
         samples["millrace_event_loop_blocked_seconds_sum"]
         <= samples["millrace_event_loop_lag_seconds_sum"]
     )
-
-
-async def test_the_engine_watch_loses_nothing_of_a_dead_process() -> None:
-    metrics = Metrics()
-    lives = [[3, 7], [0, 8], [5, 9]]
-    pending = [EngineStats(generation_tokens=count) for life in lives for count in life]
-    read_all = asyncio.Event()
-
-    def stats() -> EngineStats:
-        if len(pending) == 1:
-            read_all.set()
-            return pending[0]
-        return pending.pop(0)
-
-    watch = EngineWatch(metrics, stats, interval_s=0)
-    watch.start()
-    await read_all.wait()
-    watch.stop()
-    watch.stop()
-    samples = read(metrics)
-    assert samples["millrace_generation_tokens_total"] == 7 + 8 + 9
-    assert samples["millrace_engine_restarts_total"] == 2

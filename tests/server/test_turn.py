@@ -28,7 +28,7 @@ from server.journals import Journals
 from server.metering.metrics import Metrics
 from server.request import SamplingOptions, TurnRequest
 from server.sessions import Sessions
-from server.store import Store, StoreError
+from server.store import Store, StoreError, StoreUnavailable
 from server.turn import Turn
 from server.turns import Turns
 from tests.server.gates import open_gate
@@ -50,6 +50,7 @@ class Bench:
             self.journals,
             self.sessions,
             self.metrics,
+            store,
             gate=open_gate(engine, store, self.metrics),
             max_live=64,
         )
@@ -440,6 +441,26 @@ async def test_store_that_refuses_the_answer(make: Any, monkeypatch: pytest.Monk
     with pytest.raises(ApiError) as caught:
         await bench.start(store=True)
     assert caught.value.code == "store_unavailable"
+
+
+async def test_store_that_is_away_while_the_answer_ends(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = await make(say("ab"))
+    real, tries = bench.sessions.end, 0
+
+    async def end(*arguments: Any) -> None:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise StoreUnavailable("away")
+        await real(*arguments)
+
+    monkeypatch.setattr("server.turns.KEEP_RETRY_S", 0.0)
+    monkeypatch.setattr(bench.sessions, "end", end)
+    events = await bench.run(store=True)
+    assert isinstance(events[-1], ResponseCompleted)
+    assert tries == 3
 
 
 async def test_client_that_leaves_while_its_turn_begins(

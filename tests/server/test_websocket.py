@@ -43,7 +43,9 @@ async def test_turns_one_after_the_other() -> None:
 
 
 async def test_lanes_run_at_once_and_are_told_apart() -> None:
-    engine = ScriptedEngine(lambda request: say(bytes(request.prompt_ids[7:-2]).decode() * 5))
+    engine = ScriptedEngine(
+        lambda request: say(bytes(request.prompt_ids[7:-2]).decode() * 5), step_s=0.002
+    )
     async with serving(engine) as server:
         async with server.client.ws_connect("/v1/responses") as socket:
             names = [f'lane "{number}" é' for number in range(8)]
@@ -258,3 +260,12 @@ async def test_server_that_stops_says_so() -> None:
         assert message.data == aiohttp.WSCloseCode.GOING_AWAY
         await closing
         await socket.close()
+
+
+@pytest.mark.parametrize("body", [{"Content-Length": "5"}, {"Transfer-Encoding": "chunked"}])
+async def test_an_upgrade_with_a_body_is_refused(body: dict[str, str]) -> None:
+    async with serving() as server:
+        # aiohttp's client would not send such a thing by itself.
+        with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+            await server.client.ws_connect("/v1/responses", headers=body)
+        assert caught.value.status == 400

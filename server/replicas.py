@@ -1,0 +1,95 @@
+"""The servers that share a store: which of them live, and which turns each of them runs.
+
+Keys (all with a time to live)::
+
+    replicas              sorted set: replica id by when it was last seen, Unix seconds
+    replica:<id>          there while the replica lives: it renews it several times a second
+    replica:<id>:turns    set: the turns it runs
+
+A replica is dead when its key is gone at two looks in a row, with the store answering between them:
+after a store that stood still, everybody's key has run out, and everybody gets time to renew it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+from server.store import Store
+
+__all__ = ["HEARTBEAT_S", "LEASE_S", "OPEN_KEEP_S", "Replicas"]
+
+OPEN_KEEP_S = 24 * 3600
+"""Life of what belongs to a turn that has not ended: longer than any turn."""
+HEARTBEAT_S = 0.4
+LEASE_S = 1.8
+"""A replica that was silent for so long is taken for dead."""
+
+
+class Replicas:
+    """This process among those that share the store. Methods raise what redis-py raises."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.id = secrets.token_hex(8)
+        """Names this process in the store."""
+        self._absent: set[str] = set()
+
+    async def beat(self) -> bool:
+        """Say that this replica lives; return False if the store had taken it for dead."""
+        pipe = self._store.redis.pipeline(transaction=False)
+        pipe.exists(self.key(self.id))
+        pipe.set(self.key(self.id), b"1", px=int(LEASE_S * 1e3))
+        pipe.zadd(self._store.key("replicas"), {self.id: int(time.time())})
+        pipe.expire(self._store.key("replicas"), OPEN_KEEP_S)
+        found, *_ = await pipe.execute()
+        return bool(found)
+
+    async def leave(self) -> None:
+        """Say that this replica ends."""
+        await self._store.redis.delete(self.key(self.id))
+
+    async def lives(self, replica_id: str) -> bool:
+        """Return whether a replica has shown a sign of life lately."""
+        return bool(await self._store.redis.exists(self.key(replica_id)))
+
+    async def others(self) -> int:
+        """Return how many other replicas live."""
+        alive = await self._look()
+        return sum(alive.values())
+
+    async def dead(self) -> list[str]:
+        """Return the replicas that were found dead twice in a row."""
+        alive = await self._look()
+        absent = {replica for replica, lives in alive.items() if not lives}
+        dead, self._absent = absent & self._absent, absent
+        return sorted(dead)
+
+    async def _look(self) -> dict[str, bool]:
+        known: Any = await self._store.redis.zrange(self._store.key("replicas"), 0, -1)
+        ids = [one.decode() for one in known if one.decode() != self.id]
+        if not ids:
+            return {}
+        found = await self._store.redis.mget([self.key(one) for one in ids])
+        return {one: value is not None for one, value in zip(ids, found, strict=True)}
+
+    async def turns(self, replica_id: str) -> list[str]:
+        """Return the turns that a replica began or took over and did not end."""
+        members: Any = await self._store.redis.smembers(self.turns_key(replica_id))
+        return sorted(one.decode() for one in members)
+
+    async def forget(self, replica_id: str) -> None:
+        """Strike a dead replica off: all of its turns have been seen to."""
+        pipe = self._store.redis.pipeline(transaction=True)
+        pipe.zrem(self._store.key("replicas"), replica_id)
+        pipe.delete(self.turns_key(replica_id))
+        await pipe.execute()
+
+    def key(self, replica_id: str) -> str:
+        """Return the key that is there while a replica lives."""
+        return self._store.key("replica", replica_id)
+
+    def turns_key(self, replica_id: str) -> str:
+        """Return the key of the set of a replica's turns."""
+        return self._store.key("replica", replica_id, "turns")

@@ -1,0 +1,45 @@
+"""The reliability table: printed, and kept as CSV with date, commit and device."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.bench.report import device_name
+
+__all__ = ["RESULTS", "show"]
+
+RESULTS = Path(__file__).parent / "results"
+WIDTH = 170
+
+
+def _commit() -> str:
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return run.stdout.strip() or "unknown"
+
+
+def show(rows: Sequence[Mapping[str, object]], name: str = "reliability") -> Path:
+    """Print the rows and write them; returns the file's path."""
+    stamp = {"date": time.strftime("%Y-%m-%d"), "commit": _commit(), "device": device_name()}
+    columns = [*rows[0]]
+    table = Table(title=f"{name} ({stamp['device']})", title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column in (columns[0], columns[-1]) else "right")
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in columns))
+    Console(width=WIDTH).print(table)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*stamp, *columns])
+        writer.writeheader()
+        writer.writerows({**stamp, **row} for row in rows)
+    return path

@@ -1,0 +1,286 @@
+"""Engines die in every way while EngineClient has requests in flight; its readers see no trace.
+
+The processes are real and speak the real link (tests/engine/fake_engine.py); the watchdog's limits
+are set so that a busy machine is not taken for a hang.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import client as client_module
+from engine import watchdog
+from engine.client import EngineClient, EngineState
+from engine.config import EngineConfig
+from engine.errors import EngineClosed, EngineDied
+from engine.streams import RequestStream
+from engine.types import Delta, FinishReason, Request, SamplingParams
+from tests.engine.fake_engine import DIE, HANG, LOSE, POISON
+
+COMMAND = (sys.executable, "-m", "tests.engine.fake_engine")
+WAYS = ("kill", "lose", "half", "stop", "spin", "sleep", "garble")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def impatience() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watchdog, "HANG_S", 2.5)
+        patch.setattr(client_module, "RESTART_DELAY_S", 0.01)
+        patch.setattr(client_module, "SPARE_DELAY_S", 0.0)
+        yield
+
+
+def request(name: str, prompt: list[int], max_tokens: int = 5) -> Request:
+    return Request(
+        request_id=name, prompt_ids=prompt, sampling=SamplingParams(max_tokens=max_tokens)
+    )
+
+
+async def start(path: Path, *script: str, spare: bool = False) -> EngineClient:
+    """A client of fake engines that each follow one line of the script."""
+    file = path / "script"
+    file.write_text("\n".join(script))
+    config = EngineConfig(model=f"script:{file}", spare_process=spare)
+    return await EngineClient.start(config, command=COMMAND)
+
+
+async def deltas(stream: RequestStream) -> list[Delta]:
+    return [delta async for delta in stream]
+
+
+async def tokens(stream: RequestStream) -> list[int]:
+    return [token for delta in await deltas(stream) for token in delta.token_ids]
+
+
+async def until(client: EngineClient, state: EngineState) -> None:
+    while client.state is not state:
+        await asyncio.sleep(0.005)
+
+
+def hurt(client: EngineClient, how: signal.Signals) -> int:
+    pid = client.pid
+    assert pid is not None
+    os.kill(pid, how)
+    return pid
+
+
+@pytest.fixture
+async def client(tmp_path: Path) -> AsyncIterator[EngineClient]:
+    client = await start(tmp_path)
+    yield client
+    await client.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_no_way_to_die_is_seen_by_a_reader(tmp_path: Path, way: str) -> None:
+    client = await start(tmp_path, f"{way} 22", f"{way} 27")
+    streams = [client.generate(request(f"r{i}", [100 * i + 1], 40)) for i in range(5)]
+    answers = await asyncio.gather(*map(deltas, streams))
+    for index, answer in enumerate(answers):
+        ids = [token for delta in answer for token in delta.token_ids]
+        assert ids == [100 * index + 1 + n for n in range(1, 41)]
+        assert answer[-1].finish_reason is FinishReason.LENGTH
+        assert answer[-1].usage is not None
+        assert answer[-1].usage.completion_tokens == 40
+    recoveries = client.recoveries
+    assert (recoveries.restarts, recoveries.recovered, recoveries.replayed) == (2, 2, 10)
+    assert recoveries.hangs == (2 if way in ("stop", "spin", "sleep") else 0)
+    assert recoveries.given_up == 0
+    assert recoveries.recovery_s > 0
+    if way in ("kill", "stop"):  # whose last figures arrive
+        assert client.stats.generation_tokens == 200
+    await client.close()
+
+
+DEATHS = st.lists(
+    st.tuples(st.sampled_from(["kill", "lose", "half", "garble"]), st.integers(1, 40)), max_size=5
+)
+
+
+@given(deaths=DEATHS, lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8))
+@settings(max_examples=6, deadline=None)
+def test_random_deaths_leave_every_answer_as_it_is(
+    tmp_path_factory: pytest.TempPathFactory, deaths: list[tuple[str, int]], lengths: list[int]
+) -> None:
+    """But for requests that are given up because engine after engine died under them."""
+
+    async def run() -> None:
+        script = [f"{way} {count}" for way, count in deaths]
+        client = await start(tmp_path_factory.mktemp("deaths"), *script)
+        streams = [
+            client.generate(request(f"r{i}", [1000 * i + 1], length))
+            for i, length in enumerate(lengths)
+        ]
+        answers = await asyncio.gather(*map(tokens, streams), return_exceptions=True)
+        for index, (answer, length) in enumerate(zip(answers, lengths, strict=True)):
+            if isinstance(answer, BaseException):
+                assert isinstance(answer, EngineDied)
+            else:
+                assert answer == [1000 * index + 1 + n for n in range(1, length + 1)]
+        given_up = sum(isinstance(answer, BaseException) for answer in answers)
+        assert given_up == client.recoveries.given_up
+        assert given_up <= len(deaths) // 3
+        await client.close()
+
+    asyncio.run(run())
+
+
+async def test_many_kills_are_no_reason_to_give_up(client: EngineClient) -> None:
+    stream = client.generate(request("long", [0], 10**9))
+    seen = 0
+    for _ in range(5):
+        killed = hurt(client, signal.SIGKILL)
+        new_life = False
+        while not new_life:
+            new_life = client.pid not in (killed, None) and client.state is EngineState.READY
+            delta = await anext(stream)
+            assert delta.token_ids == list(range(seen + 1, seen + 1 + len(delta.token_ids)))
+            seen += len(delta.token_ids)
+    assert client.recoveries.restarts >= 5
+    await stream.aclose()
+
+
+async def test_a_stopped_idle_engine_is_replaced(client: EngineClient) -> None:
+    pid = hurt(client, signal.SIGSTOP)
+    await until(client, EngineState.RESTARTING)
+    await until(client, EngineState.READY)
+    assert not psutil.pid_exists(pid)
+    assert await tokens(client.generate(request("again", [7], 3))) == [8, 9, 10]
+    assert (client.recoveries.hangs, client.recoveries.recovered) == (1, 1)
+
+
+async def test_a_request_that_the_engine_lost_is_asked_again(client: EngineClient) -> None:
+    """The engine idles and sends its heartbeats, but somebody waits: that is a hang, too."""
+    lost = client.generate(request("lost", [LOSE, 0], 3))
+    with pytest.raises(EngineDied):  # this engine loses it again and again
+        await tokens(lost)
+    assert client.recoveries.hangs == 3
+
+
+@pytest.mark.parametrize("poison", [DIE, POISON, HANG])
+async def test_a_request_that_kills_engines_goes_alone(client: EngineClient, poison: int) -> None:
+    others = [client.generate(request(f"r{i}", [100 * i], 60)) for i in range(4)]
+    bad = client.generate(request("bad", [poison, 0], 10))
+    others += [client.generate(request(f"r{i}", [100 * i], 60)) for i in range(4, 8)]
+    got: list[int] = []
+    with pytest.raises(EngineDied, match="3 engine processes died"):
+        async for delta in bad:
+            got += delta.token_ids
+    assert got == list(range(1, len(got) + 1))
+    answers = await asyncio.gather(*map(tokens, others))
+    assert answers == [[100 * i + j for j in range(1, 61)] for i in range(8)]
+    assert client.recoveries.given_up == 1
+    await until(client, EngineState.READY)
+    assert await tokens(client.generate(request("again", [7], 3))) == [8, 9, 10]
+
+
+async def test_abort_and_leave_work_without_an_engine(client: EngineClient) -> None:
+    aborted = client.generate(request("aborted", [0], 10**9))
+    left = client.generate(request("left", [0], 10**9))
+    stays = client.generate(request("stays", [0], 200))
+    await anext(aborted)
+    hurt(client, signal.SIGKILL)
+    await until(client, EngineState.RESTARTING)
+    client.abort("aborted")
+    await left.aclose()
+    rest = await deltas(aborted)  # now, not when an engine is back
+    assert client.state is EngineState.RESTARTING
+    assert rest[-1].finish_reason is FinishReason.ABORT
+    assert rest[-1].usage is not None
+    assert rest[-1].usage.completion_tokens > 0
+    assert len(await tokens(stays)) == 200
+    assert client.stats.running == 0
+
+
+async def test_an_abort_that_the_dead_engine_did_not_answer_is_kept(client: EngineClient) -> None:
+    hurt(client, signal.SIGSTOP)
+    stream = client.generate(request("a", [0], 10**9))
+    client.abort("a")
+    last = (await deltas(stream))[-1]
+    assert last.finish_reason is FinishReason.ABORT
+    assert client.recoveries.hangs == 1
+
+
+async def test_requests_wait_for_the_next_engine_up_to_a_bound(
+    client: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "MAX_WAITING", 3)
+    running = client.generate(request("running", [0], 1000))
+    hurt(client, signal.SIGKILL)
+    await until(client, EngineState.RESTARTING)
+    early = [client.generate(request(f"early{i}", [10 * i], 3)) for i in range(3)]
+    with pytest.raises(EngineClosed, match="4 requests wait"):
+        client.generate(request("too many", [0]))
+    answers = await asyncio.gather(*map(tokens, early))
+    assert answers == [[10 * i + 1, 10 * i + 2, 10 * i + 3] for i in range(3)]
+    assert len(await tokens(running)) == 1000
+
+
+async def test_no_engine_can_be_started_again(tmp_path: Path) -> None:
+    client = await start(tmp_path, "kill 3", *["refuse 0", "die 0"] * 3)
+    stream = client.generate(request("a", [0], 10))
+    got = []
+    with pytest.raises(EngineDied, match="cannot be started again"):
+        async for delta in stream:
+            got += delta.token_ids
+    assert got == [1, 2, 3]
+    assert client.state is EngineState.CLOSED
+    with pytest.raises(EngineClosed):
+        client.generate(request("late", [0]))
+    await client.close()
+
+
+async def test_nobody_waits_for_ever(tmp_path: Path) -> None:
+    client = await start(tmp_path, "kill 3", *["die 0"] * 5)
+    client._patience_s = 0.05
+    with pytest.raises(EngineDied, match="no engine came up"):
+        await tokens(client.generate(request("a", [0], 10)))
+    await client.close()
+
+
+async def test_a_failed_restart_is_followed_by_another(tmp_path: Path) -> None:
+    client = await start(tmp_path, "kill 3", "refuse 0", "die 0")
+    assert await tokens(client.generate(request("a", [0], 10))) == list(range(1, 11))
+    assert client.recoveries.restarts == 3
+    await client.close()
+
+
+async def spare_of(client: EngineClient) -> psutil.Process:
+    while client._spare is None or not client._spare.prepared:
+        await asyncio.sleep(0.005)
+    return psutil.Process(client._spare.pid)
+
+
+async def test_the_spare_takes_over(tmp_path: Path) -> None:
+    client = await start(tmp_path, "kill 5", spare=True)
+    spare = await spare_of(client)
+    assert len(await tokens(client.generate(request("a", [0], 20)))) == 20
+    assert client.pid == spare.pid
+    next_spare = await spare_of(client)
+    assert next_spare.pid != spare.pid
+    await client.close()
+    assert not spare.is_running()
+    assert not next_spare.is_running()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_spare_that_is_not_fit_is_not_relied_on(
+    tmp_path: Path, how: signal.Signals
+) -> None:
+    client = await start(tmp_path, "kill 5", spare=True)
+    spare = await spare_of(client)
+    os.kill(spare.pid, how)
+    assert await tokens(client.generate(request("a", [0], 20))) == list(range(1, 21))
+    assert client.pid != spare.pid
+    await client.close()
+    assert not spare.is_running()
