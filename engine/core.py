@@ -6,7 +6,7 @@ import time
 from typing import Protocol
 
 from engine.errors import RequestError
-from engine.link import HEARTBEAT_S, Abort, FromEngine, Step, Submit, ToEngine
+from engine.link import HEARTBEAT_S, Abort, FromEngine, LinkClosed, Step, Submit, ToEngine
 from engine.scheduler import Plan, Scheduler, StepOutput
 from engine.types import Delta, EngineStats, FinishReason, Request, Usage
 
@@ -92,6 +92,8 @@ class Core:
     def _compute(self, plan: Plan) -> StepOutput:
         try:
             return self._runner.step(plan)
+        except LinkClosed:  # the server went away in the middle of it
+            raise
         except Exception as error:
             # Which of its requests is to blame is not known here, nor what the failed step left
             # behind, least of all without memory. A new process has both clean, and whoever hands
