@@ -114,10 +114,13 @@ class EngineProcess:
         except TimeoutError:
             log.warning("engine process %d does not stop; killing it", self.pid)
         except asyncio.CancelledError:
-            self.kill()
+            await self._kill_and_wait()  # a process that nobody waits for is left behind
             raise
         else:
             return
+        await self._kill_and_wait()
+
+    async def _kill_and_wait(self) -> None:
         self.kill()
         try:
             async with asyncio.timeout(_REAP_S):

@@ -6,6 +6,7 @@ python tests/web/shots.py --url http://127.0.0.1:8000 --out DIR
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -80,6 +81,40 @@ def conversation(page: Page, shot: Callable[[str], None]) -> None:
     shot("delete")
 
 
+def with_tools(page: Page, *kinds: str) -> None:
+    """Let the model use these of the server's tools."""
+    settings = json.dumps({"temperature": 0, "tools": [f"millrace:{kind}" for kind in kinds]})
+    page.add_init_script(f"localStorage.setItem('millrace.settings', '{settings}')")
+    page.reload()
+    page.get_by_text("Connected").wait_for(state="attached")
+
+
+def booking(page: Page, shot: Callable[[str], None]) -> None:
+    with_tools(page, "demo_find_restaurant", "demo_book_restaurant")
+    ask(page, "Please find an Italian restaurant in Oslo.")
+    ask(page, "Book a table for 4 people on Friday at 7 pm.")
+    ask(page, "Thank you, that is all.")
+    shot("booking")
+
+
+def percentage(page: Page, shot: Callable[[str], None]) -> None:
+    with_tools(page, "calculator")
+    ask(page, "What is 17 % of 2,340?")
+    ask(page, "And what is 12 times 35?")
+    shot("percentage")
+
+
+def recommendation(page: Page, shot: Callable[[str], None]) -> None:
+    bags = (
+        "1. Hama Lite, $25, rated 3.9, light",
+        "2. Norda Slim, $45, rated 4.4, with a padded strap",
+        "3. Cargo Mate, $79, rated 4.6, with many pockets",
+    )
+    ask(page, "\n".join(("Recommend a laptop bag for at most $60.", *bags)))
+    ask(page, "Thanks!")
+    shot("recommendation")
+
+
 def narrow(page: Page, shot: Callable[[str], None]) -> None:
     shot("empty")
     talk(page)
@@ -92,6 +127,7 @@ def narrow(page: Page, shot: Callable[[str], None]) -> None:
 
 
 SCENES = {
+    "scripted": (WIDE, "light", (booking, percentage, recommendation)),
     "light": (WIDE, "light", (empty, conversation)),
     "dark": (WIDE, "dark", (empty, conversation)),
     "narrow": (NARROW, "light", (narrow,)),

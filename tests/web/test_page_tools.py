@@ -56,9 +56,7 @@ def test_a_calculation_is_shown_and_survives_a_reload(page: Page, calculating: P
     for _ in range(2):
         call = last_answer(page).locator("details.call")
         expect(call).to_have_count(1)
-        expect(call.locator("summary")).to_have_accessible_name(
-            "Calculator 2340 * 17 / 100 397.8"
-        )
+        expect(call.locator("summary")).to_have_accessible_name("Calculator 2340 * 17 / 100 397.8")
         expect(call.get_by_text("Arguments")).to_be_hidden()
         call.locator("summary").focus()
         page.keyboard.press("Enter")
