@@ -59,12 +59,14 @@ async def serve(http: web.Request) -> web.WebSocketResponse:
     http.app[SOCKETS].add(socket)
     connection = _Connection(http, socket)
     try:
-        async for message in socket:
-            if message.type is WSMsgType.TEXT:
-                await connection.receive(message.data)
-            elif message.type is WSMsgType.BINARY:
-                error = invalid("Messages must be JSON texts, not binary.", code="invalid_message")
-                await connection.send_error(error, None)
+        # Who pings and is gone before the pong leaves no trace in the log.
+        with contextlib.suppress(ConnectionResetError):
+            async for message in socket:
+                if message.type is WSMsgType.TEXT:
+                    await connection.receive(message.data)
+                elif message.type is WSMsgType.BINARY:
+                    text = "Messages must be JSON texts, not binary."
+                    await connection.send_error(invalid(text, code="invalid_message"), None)
     finally:
         http.app[SOCKETS].discard(socket)
         await connection.close()

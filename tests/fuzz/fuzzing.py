@@ -78,8 +78,9 @@ async def exchange(
     got = bytearray()
     try:
         async with asyncio.timeout(ANSWER_S):
-            # The server may refuse, and close, before it has all.
-            with contextlib.suppress(ConnectionError):
+            # The server may refuse, and close, before it has all; to shut down our side of what is
+            # closed is no ConnectionError, but an OSError.
+            with contextlib.suppress(OSError):
                 writer.write(data)
                 await writer.drain()
                 if upgraded:

@@ -15,7 +15,7 @@ from server.dialects.chat import ChatRequest, parse
 from server.dialects.chat_answers import ChatCollector, ChatStream
 from server.errors import ApiError
 from server.events import Event, ResponseCancelled, ResponsePrompt
-from server.request import SamplingOptions, ToolOptions, TurnRequest
+from server.request import SamplingOptions, Shape, ToolOptions, TurnRequest
 from tests.server.turn_events import (
     CREATED,
     HEX,
@@ -139,6 +139,7 @@ def test_everything_arrives() -> None:
             include_stop_str_in_output=True,
             prompt_logprobs=1,
         ),
+        shape=Shape(include_usage=True, token_ids=True),
         return_token_ids=True,
         skip_special_tokens=False,
         priority=-5,

@@ -21,7 +21,7 @@ from server.dialects.completions import (
 from server.dialects.legacy_logprobs import LegacyLogprobs
 from server.errors import ApiError
 from server.events import Event, ResponsePrompt
-from server.request import SamplingOptions, TurnRequest
+from server.request import SamplingOptions, Shape, TurnRequest
 from tests.server.turn_events import (
     CREATED,
     HEX,
@@ -115,6 +115,7 @@ def test_everything_arrives() -> None:
         ),
         stream=True,
         echo=True,
+        shape=Shape(include_usage=True, token_ids=True),
         return_token_ids=True,
     )
 
