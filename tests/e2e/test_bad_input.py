@@ -109,7 +109,7 @@ FIELDS = [
     Refused(TEXT, {"logprobs": -1}, "logprobs"),
     Refused(TEXT, {"best_of": 5}, "best_of"),
     # What there is not
-    Refused(CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    Refused(CHAT, {"tools": [{"type": "web_search"}]}, "tools[0].type"),
     Refused(CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
     Refused(CHAT, {"temprature": 1}, "temprature", 400, "unknown_parameter"),
     Refused(CHAT, {"stream_options": {"include_usage": True}}, "stream_options"),

@@ -38,14 +38,25 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
-    async def expect(self, wanted: str) -> str:
+    async def interrupt(self, wanted: str) -> str:
+        """Press Ctrl-C until ``wanted`` is shown.
+
+        A signal that comes between a prompt and the wait for a key is seen at the next signal.
+        """
+        for _ in range(9):
+            self.type("\x03")
+            with contextlib.suppress(AssertionError):
+                return await self.expect(wanted, patience_s=2)
+        return await self.expect(wanted, patience_s=2)
+
+    async def expect(self, wanted: str, *, patience_s: float = 20) -> str:
         """Wait until ``wanted`` is shown after what was expected before; return what came till
         then.
         """
         while (found := self.text.find(wanted, self._from)) < 0:
             self._changed.clear()
             try:
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(patience_s):
                     await self._changed.wait()
             except TimeoutError:
                 raise AssertionError(f"{wanted!r} is not in {self.text[self._from :]!r}") from None

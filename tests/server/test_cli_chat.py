@@ -101,8 +101,7 @@ class TestOnATerminal:
             screen.type("\x03")
             await screen.expect("stopped")
             await screen.expect(PROMPT)
-            screen.type("\x03")
-            await screen.expect("Ctrl-D or /quit leaves")
+            await screen.interrupt("Ctrl-D or /quit leaves")
             await screen.expect(PROMPT)
             screen.type("\x04")
             assert await screen.process.wait() == 0
