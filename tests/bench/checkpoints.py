@@ -1,13 +1,15 @@
 """Random Qwen3 checkpoints of given shapes, in the Hugging Face layout, for benchmarks.
 
 Weights are random, so answers mean nothing; time and memory are those of a trained model. The
-bundled tokenizer is copied beside them so that the server can start.
+tokenizer has text for every id, so that every token that a random model draws leaves as text.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -59,6 +61,27 @@ def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield name + "mlp.down_proj.weight", (hidden, inner)
 
 
+def tokenizer(vocab_size: int) -> dict[str, object]:
+    """A byte-level BPE ``tokenizer.json`` whose pieces beyond the bytes are invented words."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    words = ("".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=4))
+    pieces = ["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet())]
+    pieces += itertools.islice(words, vocab_size - len(pieces))
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "vocab": {piece: i for i, piece in enumerate(pieces)},
+            "merges": [],
+        },
+    }
+
+
 def make_checkpoint(
     shape: Shape, folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> Path:
@@ -92,7 +115,7 @@ def make_checkpoint(
         "eos_token_id": 2,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    for name in ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja"):
-        if (PEBBLE / name).exists():
-            shutil.copy(PEBBLE / name, folder / name)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer(shape.vocab_size)))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    shutil.copy(PEBBLE / "chat_template.jinja", folder)
     return folder
