@@ -11,12 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.report import device_name
+from tests.bench.report import WIDTH, device_name
 
 __all__ = ["RESULTS", "show"]
 
 RESULTS = Path(__file__).parent / "results"
-WIDTH = 170
 
 
 def _commit() -> str:
