@@ -7,7 +7,8 @@
 
 Closed loop: each stream asks again as soon as it is answered, until as many requests were answered
 as makes two for each stream, of the 0.6B model one. Prompts are token ids, different for each
-request, so that no prefix cache can help. The client shares the cores with the server. transformers stands behind the small front of ``peer.py``.
+request, so that no prefix cache can help. The client shares the cores with the server. transformers
+stands behind the small front of ``peer.py``.
 """
 
 from __future__ import annotations
