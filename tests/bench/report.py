@@ -17,7 +17,7 @@ from rich.table import Table
 __all__ = ["RESULTS", "Report", "device_name"]
 
 RESULTS = Path(__file__).parent / "results"
-WIDTH = 170
+WIDTH = 210
 
 
 def device_name() -> str:
