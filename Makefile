@@ -84,6 +84,7 @@ chaos: $(DEV) system-packages
 	@status=0; \
 	$(BIN)/python -m tests.chaos --seed $(SEED) $(if $(COUNT),--count $(COUNT)) || status=1; \
 	$(BIN)/python -m tests.fuzz --seed $(SEED) --requests $(or $(COUNT),10000) --frames $(or $(COUNT),10000) || status=1; \
+	$(BIN)/python -m tests.engine.scheduler_runs --seed $(SEED) --count $(or $(COUNT),100000) || status=1; \
 	exit $$status
 
 MINUTES ?= 90
