@@ -217,6 +217,23 @@ async def redis_freeze(campaign: Campaign, count: int) -> None:
     await _rounds(campaign, count, strike, addresses=campaign.urls)
 
 
+async def redis_full(campaign: Campaign, count: int) -> None:
+    """Leave Redis no memory for a moment: it answers, and refuses to store anything."""
+
+    async def strike() -> str:
+        redis = campaign.cluster.redis
+        assert isinstance(redis, RedisServer)
+        with redis.client() as client:
+            client.config_set("maxmemory", "1")
+            try:
+                await asyncio.sleep(campaign.rng.uniform(0.1, 1.5))
+            finally:
+                client.config_set("maxmemory", "0")
+        return "Redis full"
+
+    await _rounds(campaign, count, strike, addresses=campaign.urls)
+
+
 async def fail_over(campaign: Campaign, count: int) -> None:
     """Kill the Redis master amid the answers; the Sentinels make the replica master."""
 
@@ -328,6 +345,7 @@ SCENARIOS = {
             short=0,
             long=30,
         ),
+        Scenario("redis-full", "Redis without memory for up to 1.5 s", redis_full),
         Scenario("redis-freeze", "SIGSTOP of Redis for up to 1.5 s", redis_freeze, short=0),
         Scenario(
             "aborts",

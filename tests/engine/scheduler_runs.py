@@ -1,7 +1,7 @@
 """Very many random runs of the scheduler on tiny pools: ``python -m tests.engine.scheduler_runs``.
 
-Each is a world of its own (``scheduler_world``), checked after every step: a stall, a wrong answer, a
-block that is left, or books that do not agree end the run with its seed.
+Each is a world of its own (``scheduler_world``), checked after every step: a stall, a wrong answer,
+a block that is left, or books that do not agree end the run with its seed.
 """
 
 from __future__ import annotations
