@@ -21,7 +21,8 @@ def select(device: torch.device | str) -> Ops:
     """The ops for tensors on ``device``.
 
     ``MILLRACE_KERNELS`` in the environment overrides the choice: ``reference`` is the plain-torch
-    oracle (any device), ``torch`` the compiler-free CPU backend, ``auto`` (default) the best.
+    oracle (any device), ``torch`` the compiler-free CPU backend, ``triton`` the GPU kernels (on the
+    CPU in Triton's interpreter, for tests), ``auto`` (default) the best.
 
     Raises:
         BackendUnavailable: no backend for this device, or the override is not one of the above.
@@ -32,13 +33,17 @@ def select(device: torch.device | str) -> Ops:
         from kernels.reference import ReferenceOps
 
         return ReferenceOps()
-    if forced not in ("auto", "torch"):
+    if forced not in ("auto", "torch", "triton"):
         raise BackendUnavailable(
-            f"MILLRACE_KERNELS must be auto, reference or torch, got {forced!r}"
+            f"MILLRACE_KERNELS must be auto, reference, torch or triton, got {forced!r}"
         )
+    if forced == "triton" or (forced == "auto" and kind == "cuda"):
+        from kernels import gpu
+
+        return gpu.load()
     if kind != "cpu":
         raise BackendUnavailable(
-            f"no kernels for device {kind!r} yet: use 'cpu', or MILLRACE_KERNELS=reference"
+            f"no {forced} kernels for device {kind!r}: use 'cpu', or MILLRACE_KERNELS=reference"
         )
     if forced == "torch":
         from kernels.cpu.fallback import TorchOps
