@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -23,3 +24,17 @@ def device() -> torch.device:
         return torch.device("cuda")
     assert os.environ.get("TRITON_INTERPRET") == "1", "triton was imported without its interpreter"
     return torch.device("cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _indices_of_the_interpreter() -> None:
+    """Triton 3.6 makes a loop's bounds of arrays of one element, which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
