@@ -271,6 +271,19 @@ class Ops(Protocol):
             bias_values: ``[E]`` float32.
         """
 
+    def apply_token_mask(self, logits: torch.Tensor, mask: torch.Tensor) -> None:
+        """Set the logits of forbidden tokens to ``-inf``, in place.
+
+        Token ``i`` of a row is allowed if bit ``i % 32`` of its word ``i // 32`` is 1: the form in
+        which grammar libraries give their masks. A row of -1 forbids nothing.
+
+        Args:
+            logits: ``[S, V]`` float32, changed in place.
+            mask: ``[S, ceil(V/32)]`` int32; bits from ``V`` on are ignored.
+
+        Cost: reads ``S*V/8`` bytes, writes 4 bytes for each forbidden token.
+        """
+
     def sample(
         self,
         out_ids: torch.Tensor,
