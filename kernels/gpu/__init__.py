@@ -26,6 +26,12 @@ except ImportError as error:
         "GPU kernels need triton, which is not installed: pip install 'millrace[gpu]'"
     ) from error
 
+if triton.knobs.runtime.interpret:
+    from kernels.gpu.interpreted import let_ranges_end_at_tensors, patch_once_a_launch
+
+    let_ranges_end_at_tensors()
+    patch_once_a_launch()
+
 from kernels.gpu import logits as logit_ops
 from kernels.gpu import rotary, rows, sampling
 from kernels.gpu import swiglu as gated
