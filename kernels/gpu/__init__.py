@@ -26,6 +26,14 @@ except ImportError as error:
         "GPU kernels need triton, which is not installed: pip install 'millrace[gpu]'"
     ) from error
 
+from kernels.gpu.attention import attend_paged, plan_step
+from kernels.gpu.workspace import Workspace
+
+if triton.knobs.runtime.interpret:
+    from kernels.gpu.interpreted import let_ranges_end_at_tensors
+
+    let_ranges_end_at_tensors()
+
 __all__ = ["GpuOps", "load"]
 
 
@@ -34,6 +42,15 @@ class GpuOps:
 
     name = "triton"
     batch_invariant = False
+
+    def __init__(self) -> None:
+        self._workspaces: dict[torch.device, Workspace] = {}
+
+    def _workspace(self, device: torch.device) -> Workspace:
+        """Memory for launches on this device, which are of one stream at a time."""
+        if device not in self._workspaces:
+            self._workspaces[device] = Workspace(device)
+        return self._workspaces[device]
 
     def rounds_to(self, stored: torch.dtype) -> torch.dtype | None:
         """See ``Ops.rounds_to``."""
@@ -54,7 +71,9 @@ class GpuOps:
         checks.check_paged_attention(
             out, q, k_cache, v_cache, block_tables, query_starts, context_lens
         )
-        raise BackendUnavailable("paged_attention is not written for GPUs yet")
+        workspace = self._workspace(q.device)
+        plan = plan_step(workspace, q, k_cache, block_tables, query_starts, context_lens)
+        attend_paged(plan, out, q, k_cache, v_cache, block_tables, scale)
 
     def pack_linear(self, weight: torch.Tensor) -> PackedLinear:
         """See ``Ops.pack_linear``."""
