@@ -46,7 +46,13 @@ def tiles_of(op: str, device: torch.device, group: int, head_dim: int, itemsize:
     found = config(op, capability_of(device), row_bytes=head_dim * itemsize)
     rows = max(found["ROWS"], 1 << (group - 1).bit_length())
     return Tiles(
-        rows, found["KEYS"], found["SPLIT"], found.num_warps, found.num_stages, found["PROGRAMS"]
+        rows=rows,
+        keys=found["KEYS"],
+        split=found["SPLIT"],
+        num_warps=found.num_warps,
+        num_stages=found.num_stages,
+        programs_per_processor=found["PROGRAMS"],
+        merged_together=found["MERGED"],
     )
 
 
@@ -66,26 +72,17 @@ def plan_step(
     None if there is nothing to do. ``most_new`` is a bound on the new tokens of any request, where
     the caller knows one; other arguments as in ``Ops.paged_attention``.
     """
-    tokens, q_heads, head_dim = q.shape
-    blocks, kv_heads, block_size, _ = k_cache.shape
-    requests, width = block_tables.shape
-    if not tokens or not requests:
+    shape = AttentionShape.of(q, k_cache, block_tables, most_new)
+    if not shape.tokens or not shape.requests:
         return None
-    shape = AttentionShape(
-        tokens=tokens,
-        requests=requests,
-        room=width * block_size,
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        blocks=blocks,
-        block_size=block_size,
-        most_new=min(tokens, tokens if most_new is None else most_new),
-    )
     itemsize = max(k_cache.element_size(), min(q.element_size(), 2))
     decode, prefill = (
         tiles_of(
-            "attention_invariant" if invariant else op, q.device, shape.group, head_dim, itemsize
+            "attention_invariant" if invariant else op,
+            q.device,
+            shape.group,
+            shape.head_dim,
+            itemsize,
         )
         for op in ("attention_decode", "attention_prefill")
     )

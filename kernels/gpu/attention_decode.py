@@ -29,8 +29,6 @@ from kernels.gpu.cost import Cost
 
 __all__ = ["cost", "launch_decode"]
 
-_MERGED_TOGETHER = 8  # splits whose loads are in flight at once
-
 
 @triton.jit
 def _decode(
@@ -173,7 +171,7 @@ def launch_decode(
             v_scale,
             **heads,
             MOST=MOST_DECODED,
-            TOGETHER=_MERGED_TOGETHER,
+            TOGETHER=tiles.merged_together,
             num_warps=4,
         )
 

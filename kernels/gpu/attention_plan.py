@@ -62,6 +62,7 @@ class Tiles:
         num_warps: warps of a program.
         num_stages: stages of its pipeline.
         programs_per_processor: programs of a persistent grid for each multiprocessor.
+        merged_together: splits that are loaded before the first of them is merged; in no bit's way.
     """
 
     rows: int
@@ -70,6 +71,7 @@ class Tiles:
     num_warps: int
     num_stages: int
     programs_per_processor: int
+    merged_together: int
 
     def queries(self, group: int) -> int:
         """Whole queries in a tile, each with ``group`` heads."""
@@ -101,6 +103,30 @@ class AttentionShape:
     blocks: int
     block_size: int
     most_new: int
+
+    @classmethod
+    def of(
+        cls,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        most_new: int | None = None,
+    ) -> AttentionShape:
+        """Of a call with these tensors; without ``most_new`` a request may have all T tokens."""
+        tokens, q_heads, head_dim = q.shape
+        blocks, kv_heads, block_size, _ = k_cache.shape
+        requests, width = block_tables.shape
+        return cls(
+            tokens=tokens,
+            requests=requests,
+            room=width * block_size,
+            q_heads=q_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            blocks=blocks,
+            block_size=block_size,
+            most_new=tokens if most_new is None else min(tokens, most_new),
+        )
 
     @property
     def group(self) -> int:
