@@ -14,7 +14,7 @@ from kernels import checks
 from kernels.interface import KernelError, PackedLinear
 from kernels.noise import uniforms
 
-__all__ = ["ReferenceLinear", "ReferenceOps", "check_ragged"]
+__all__ = ["ReferenceLinear", "ReferenceOps", "check_ragged", "normalise"]
 
 _F64 = torch.float64
 
@@ -48,7 +48,7 @@ def _check_range(op: str, name: str, values: torch.Tensor, end: int) -> None:
         raise KernelError(f"{op}: {name} must be in 0..{end - 1}, got {found}")
 
 
-def _normalise(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def normalise(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm over the last dimension, in float64."""
     x = x.to(_F64)
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.to(_F64)
@@ -101,7 +101,7 @@ class ReferenceOps:
     ) -> None:
         """See ``Ops.rms_norm``."""
         checks.check_rms_norm(out, x, weight)
-        out.copy_(_normalise(x, weight, eps))
+        out.copy_(normalise(x, weight, eps))
 
     def add_rms_norm(
         self,
@@ -114,7 +114,7 @@ class ReferenceOps:
         """See ``Ops.add_rms_norm``."""
         checks.check_add_rms_norm(out, residual, x, weight)
         residual.copy_(residual.to(_F64) + x.to(_F64))
-        out.copy_(_normalise(residual, weight, eps))
+        out.copy_(normalise(residual, weight, eps))
 
     def qk_norm_rope_write(
         self,
@@ -138,8 +138,8 @@ class ReferenceOps:
         heads = qkv.view(-1, q_heads + 2 * kv_heads, head_dim)
         q, k, v = heads.tensor_split((q_heads, q_heads + kv_heads), dim=1)
         angles = cos_sin[positions]
-        q_out.copy_(_rotate(_normalise(q, q_weight, eps), angles))
-        k = _rotate(_normalise(k, k_weight, eps), angles)
+        q_out.copy_(_rotate(normalise(q, q_weight, eps), angles))
+        k = _rotate(normalise(k, k_weight, eps), angles)
         block, offset = slots // block_size, slots % block_size
         k_cache[block, :, offset] = k.to(k_cache.dtype)
         v_cache[block, :, offset] = v.to(v_cache.dtype)
@@ -241,6 +241,13 @@ class ReferenceOps:
         _check_range("add_bias", "bias_rows", rows, logits.shape[0])
         _check_range("add_bias", "bias_ids", ids, logits.shape[1])
         logits[rows, ids] += bias_values[real]
+
+    def apply_token_mask(self, logits: torch.Tensor, mask: torch.Tensor) -> None:
+        """See ``Ops.apply_token_mask``."""
+        checks.check_apply_token_mask(logits, mask)
+        ids = torch.arange(logits.shape[1], device=logits.device)
+        allowed = (mask[:, ids // 32] >> (ids % 32)) & 1
+        logits.masked_fill_(allowed == 0, float("-inf"))
 
     def sample(
         self,

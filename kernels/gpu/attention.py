@@ -15,6 +15,7 @@ from functools import cache
 
 import torch
 
+from kernels.fp8 import E4M3
 from kernels.gpu.attention_decode import launch_decode
 from kernels.gpu.attention_plan import AttentionPlan, AttentionShape, Tiles, plan_attention
 from kernels.gpu.attention_prefill import launch_prefill
@@ -75,7 +76,8 @@ def plan_step(
     shape = AttentionShape.of(q, k_cache, block_tables, most_new)
     if not shape.tokens or not shape.requests:
         return None
-    itemsize = max(k_cache.element_size(), min(q.element_size(), 2))
+    agree = k_cache.dtype in (q.dtype, E4M3)
+    itemsize = q.element_size() if agree else 4
     decode, prefill = (
         tiles_of(
             "attention_invariant" if invariant else op,

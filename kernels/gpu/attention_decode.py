@@ -56,8 +56,8 @@ def _decode(
         if SCALED:
             to_scores = scale * tl.load(k_scale_ptr + head)
             to_values = tl.load(v_scale_ptr + head)
-        else:
-            q = q.to(k_ptr.dtype.element_ty)
+        elif q_ptr.dtype.element_ty != k_ptr.dtype.element_ty:
+            q = q.to(tl.float32)
         start = head.to(tl.int64) * (BLOCK * HEAD_DIM)
         top, total, sums = attend(
             q, k_ptr + start, v_ptr + start, tables_ptr + request * table_width, num_blocks,

@@ -10,6 +10,9 @@ Sums are closed every ``SPLIT`` positions and folded, in order, into running one
 gives the same bits if one program goes through it or if many take a split each and ``fold``
 follows.
 
+What is multiplied has one dtype: that of queries and cache if they agree, else float32; numbers in
+e4m3 are widened to the queries'. Weights of the softmax are rounded to it.
+
 Keys and values are read by rows through the block table: where a tile lies in one block its
 address is found once, else by each row. Tensor descriptors (TMA) are not used: a tile that spans
 blocks would take one descriptor load a block.

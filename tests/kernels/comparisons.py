@@ -307,6 +307,18 @@ def add_bias(ops: Ops, *, rows: int, vocab: int, count: int) -> None:
     assert torch.equal(got, want)
 
 
+def apply_token_mask(ops: Ops, *, rows: int, vocab: int) -> None:
+    want = randn(rows, vocab)
+    got = want.clone()
+    words = -(-vocab // 32)
+    generator = torch.Generator().manual_seed(rows + vocab)
+    mask = torch.randint(-(2**31), 2**31, (rows, words), generator=generator).int()
+    mask[::3] = -1
+    ORACLE.apply_token_mask(want, mask)
+    ops.apply_token_mask(got, mask)
+    assert torch.equal(got, want)
+
+
 @dataclass(frozen=True)
 class Draw:
     """Arguments of ``sample`` but for ``out_ids``, one row each."""

@@ -22,7 +22,8 @@ def lengths_only(device: torch.device, new: list[int], context: list[int], group
     blocks = 1 + sum(-(-length // 16) for length in context)
     return Ragged(
         torch.zeros(sum(new) + 3, 2 * group, 16, device=device),
-        *(torch.zeros(blocks, 2, 16, 16, device=device) for _ in range(2)),
+        torch.zeros(blocks, 2, 16, 16, device=device),
+        torch.zeros(blocks, 2, 16, 16, device=device),
         torch.zeros(len(new), -(-max(context) // 16), dtype=torch.int32, device=device),
         torch.tensor([0, *new]).cumsum(0).int().to(device),
         torch.tensor(context, dtype=torch.int32, device=device),
