@@ -154,11 +154,13 @@ def check_paged_attention(
     block_tables: torch.Tensor,
     query_starts: torch.Tensor,
     context_lens: torch.Tensor,
+    cache_dtypes: Collection[torch.dtype] = FLOAT_DTYPES,
 ) -> tuple[int, int, int, int, int, int]:
     """See ``Ops.paged_attention``; gives (T, Hq, Hkv, D, N, B)."""
     op = "paged_attention"
     tokens, q_heads, head_dim = shape = _sizes(op, "q", q, "[T,Hq,D]")
-    blocks, kv_heads, block_size = _check_caches(op, k_cache, v_cache, head_dim)
+    caches = k_cache, v_cache
+    blocks, kv_heads, block_size = _check_caches(op, *caches, head_dim, cache_dtypes)
     if q_heads < 1 or q_heads % kv_heads:
         raise KernelError(f"{op}: {q_heads} query heads do not share {kv_heads} key-value heads")
     act = _float(op, "q", q)

@@ -21,6 +21,7 @@ __all__ = [
     "SMALLEST_ROW",
     "Fp8Ops",
     "check_add_rms_norm_fp8",
+    "check_paged_attention_fp8",
     "check_qk_norm_rope_write_fp8",
     "check_rms_norm_fp8",
     "check_swiglu_fp8",
@@ -128,6 +129,36 @@ class Fp8Ops(Ops, Protocol):
             eps: added to the mean square.
         """
 
+    def paged_attention_fp8(
+        self,
+        out: torch.Tensor,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        k_scale: torch.Tensor,
+        v_scale: torch.Tensor,
+        block_tables: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        scale: float,
+    ) -> None:
+        """``paged_attention`` over caches of e4m3: a key is ``stored * k_scale[head]``.
+
+        Queries are not quantised, and the weights of the softmax are rounded to no less than act.
+
+        Args:
+            out: ``[T, Hq, D]`` act; rows from ``query_starts[R]`` on are left as they are.
+            q: ``[T, Hq, D]`` act.
+            k_cache: ``[N, Hkv, B, D]`` e4m3, as ``qk_norm_rope_write_fp8`` writes it.
+            v_cache: ``[N, Hkv, B, D]`` e4m3.
+            k_scale: ``[Hkv]`` float32 > 0.
+            v_scale: ``[Hkv]`` float32 > 0.
+            block_tables: as ``paged_attention``, and so the three after it.
+            query_starts: ``[R+1]`` int32.
+            context_lens: ``[R]`` int32.
+            scale: multiplies the scores, usually ``D**-0.5``.
+        """
+
 
 def _check_quantised(
     op: str, out: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int]
@@ -198,14 +229,39 @@ def check_qk_norm_rope_write_fp8(
     sizes = checks.check_qk_norm_rope_write(
         q_out, qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache, (E4M3,)
     )
+    _check_head_scales("qk_norm_rope_write_fp8", k_scale, v_scale, sizes[2])
+    return sizes
+
+
+def _check_head_scales(
+    op: str, k_scale: torch.Tensor, v_scale: torch.Tensor, kv_heads: int
+) -> None:
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if (
             scale.dtype is not torch.float32
-            or scale.shape != (sizes[2],)
+            or scale.shape != (kv_heads,)
             or not scale.is_contiguous()
         ):
             raise KernelError(
-                f"qk_norm_rope_write_fp8: {name} must be a contiguous float32 [{sizes[2]}], "
+                f"{op}: {name} must be a contiguous float32 [{kv_heads}], "
                 f"got {scale.dtype} {list(scale.shape)}"
             )
+
+
+def check_paged_attention_fp8(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lens: torch.Tensor,
+) -> tuple[int, int, int, int, int, int]:
+    """See ``Fp8Ops.paged_attention_fp8``; gives (T, Hq, Hkv, D, N, B)."""
+    sizes = checks.check_paged_attention(
+        out, q, k_cache, v_cache, block_tables, query_starts, context_lens, (E4M3,)
+    )
+    _check_head_scales("paged_attention_fp8", k_scale, v_scale, sizes[2])
     return sizes

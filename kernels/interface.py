@@ -71,7 +71,8 @@ class Ops(Protocol):
         """What meets weights or a cache of dtype ``stored`` in a product is rounded to this first.
 
         That is ``x`` of ``linear``, and in ``paged_attention`` the queries and the weights of the
-        softmax, before they are divided by their sum. None: nothing is rounded. Sums are float32 or
+        softmax, before they are divided by their sum. None: nothing is rounded, but for the weights
+        of the softmax, which may be to act where act is the cache's dtype too. Sums are float32 or
         better in any case.
         """
 

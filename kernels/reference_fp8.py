@@ -94,3 +94,27 @@ class ReferenceFp8Ops(ReferenceOps):
         for cache, values, scale in zip((k_cache, v_cache), wide, (k_scale, v_scale), strict=True):
             written = values[block, :, offset].to(_F64)  # [T, Hkv, D]
             cache[block, :, offset] = to_e4m3(written / scale.to(_F64)[None, :, None])
+
+    def paged_attention_fp8(
+        self,
+        out: torch.Tensor,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        k_scale: torch.Tensor,
+        v_scale: torch.Tensor,
+        block_tables: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        scale: float,
+    ) -> None:
+        """See ``Fp8Ops.paged_attention_fp8``."""
+        fp8.check_paged_attention_fp8(
+            out, q, k_cache, v_cache, k_scale, v_scale, block_tables, query_starts, context_lens
+        )
+        # In float32, whose rounding of a product with the scale is that of float32 arithmetic.
+        k, v = (
+            cache.to(torch.float32) * head_scale[None, :, None, None]
+            for cache, head_scale in ((k_cache, k_scale), (v_cache, v_scale))
+        )
+        self.paged_attention(out, q, k, v, block_tables, query_starts, context_lens, scale)

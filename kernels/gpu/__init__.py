@@ -35,6 +35,8 @@ if triton.knobs.runtime.interpret:
 from kernels.gpu import logits as logit_ops
 from kernels.gpu import rotary, rows, sampling
 from kernels.gpu import swiglu as gated
+from kernels.gpu.attention import attend_paged, plan_step
+from kernels.gpu.workspace import Workspace
 
 __all__ = ["GpuOps", "load"]
 
@@ -44,6 +46,15 @@ class GpuOps:
 
     name = "triton"
     batch_invariant = False
+
+    def __init__(self) -> None:
+        self._workspaces: dict[torch.device, Workspace] = {}
+
+    def _workspace(self, device: torch.device) -> Workspace:
+        """Memory for launches on this device, which are of one stream at a time."""
+        if device not in self._workspaces:
+            self._workspaces[device] = Workspace(device)
+        return self._workspaces[device]
 
     def rounds_to(self, stored: torch.dtype) -> torch.dtype | None:
         """See ``Ops.rounds_to``."""
@@ -174,7 +185,30 @@ class GpuOps:
         checks.check_paged_attention(
             out, q, k_cache, v_cache, block_tables, query_starts, context_lens
         )
-        raise BackendUnavailable("paged_attention is not written for GPUs yet")
+        workspace = self._workspace(q.device)
+        plan = plan_step(workspace, q, k_cache, block_tables, query_starts, context_lens)
+        attend_paged(plan, out, q, k_cache, v_cache, block_tables, scale)
+
+    def paged_attention_fp8(
+        self,
+        out: torch.Tensor,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        k_scale: torch.Tensor,
+        v_scale: torch.Tensor,
+        block_tables: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        scale: float,
+    ) -> None:
+        """See ``Fp8Ops.paged_attention_fp8``."""
+        fp8.check_paged_attention_fp8(
+            out, q, k_cache, v_cache, k_scale, v_scale, block_tables, query_starts, context_lens
+        )
+        workspace = self._workspace(q.device)
+        plan = plan_step(workspace, q, k_cache, block_tables, query_starts, context_lens)
+        attend_paged(plan, out, q, k_cache, v_cache, block_tables, scale, (k_scale, v_scale))
 
     def pack_linear(self, weight: torch.Tensor) -> PackedLinear:
         """See ``Ops.pack_linear``."""
