@@ -13,6 +13,7 @@ import torch
 from kernels import checks
 from kernels.interface import KernelError, PackedLinear
 from kernels.noise import uniforms
+from kernels.quantised import QuantisedWeight, check_quantised, dequantise
 
 __all__ = ["ReferenceLinear", "ReferenceOps", "check_ragged", "keep_mask", "normalise"]
 
@@ -188,6 +189,11 @@ class ReferenceOps:
         """See ``Ops.pack_linear``."""
         checks.check_weight(weight)
         return ReferenceLinear(weight.detach().clone())
+
+    def pack_quantised(self, weight: QuantisedWeight) -> PackedLinear:
+        """See ``Ops.pack_quantised``."""
+        check_quantised(weight)
+        return ReferenceLinear(dequantise(weight, _F64))
 
     def linear(self, out: torch.Tensor, x: torch.Tensor, packed: PackedLinear) -> None:
         """See ``Ops.linear``."""

@@ -17,7 +17,8 @@ from functools import cache
 import torch
 
 from kernels import checks, fp8
-from kernels.interface import BackendUnavailable, PackedLinear
+from kernels.interface import BackendUnavailable, KernelError, PackedLinear
+from kernels.quantised import QuantisedWeight, check_quantised
 
 try:
     import triton
@@ -36,6 +37,7 @@ from kernels.gpu import logits as logit_ops
 from kernels.gpu import rotary, rows, sampling
 from kernels.gpu import swiglu as gated
 from kernels.gpu.attention import attend_paged, plan_step
+from kernels.gpu.packed import DenseLinear, QuantisedLinear, pack_dense, pack_quantised, run_linear
 from kernels.gpu.workspace import Workspace
 
 __all__ = ["GpuOps", "load"]
@@ -213,12 +215,19 @@ class GpuOps:
     def pack_linear(self, weight: torch.Tensor) -> PackedLinear:
         """See ``Ops.pack_linear``."""
         checks.check_weight(weight)
-        raise BackendUnavailable("linear is not written for GPUs yet")
+        return pack_dense(weight)
+
+    def pack_quantised(self, weight: QuantisedWeight) -> PackedLinear:
+        """See ``Ops.pack_quantised``."""
+        check_quantised(weight)
+        return pack_quantised(weight)
 
     def linear(self, out: torch.Tensor, x: torch.Tensor, packed: PackedLinear) -> None:
         """See ``Ops.linear``."""
+        if not isinstance(packed, DenseLinear | QuantisedLinear):
+            raise KernelError(f"linear: packed is a {type(packed).__name__} of another backend")
         checks.check_linear(out, x, packed)
-        raise BackendUnavailable("linear is not written for GPUs yet")
+        run_linear(out, x, packed, batch_invariant=self.batch_invariant)
 
     def apply_penalties(
         self,
