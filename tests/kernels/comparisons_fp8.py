@@ -94,9 +94,13 @@ def qk_norm_rope_write_fp8(
     caches = [torch.zeros(blocks, kv_heads, block, head_dim, dtype=E4M3) for _ in range(4)]
     k_scale, v_scale = (0.002 + 0.02 * randn(kv_heads, seed=s).abs() for s in (3, 4))
     want, got = (poison(tokens, q_heads, head_dim, dtype=act) for _ in range(2))
-    shared = qkv, q_weight, k_weight, rotary_table(3 * tokens, head_dim), positions, slots
-    ORACLE.qk_norm_rope_write_fp8(want, *shared, *caches[:2], k_scale, v_scale, EPS)
-    ops.qk_norm_rope_write_fp8(got, *shared, *caches[2:], k_scale, v_scale, EPS)
+    table = rotary_table(3 * tokens, head_dim)
+    cases: list[tuple[Fp8Ops, torch.Tensor]] = [(ORACLE, want), (ops, got)]
+    for number, (one, out) in enumerate(cases):
+        one.qk_norm_rope_write_fp8(
+            out, qkv, q_weight, k_weight, table, positions, slots, caches[2 * number],
+            caches[2 * number + 1], k_scale, v_scale, EPS,
+        )  # fmt: skip
     assert_close(got, want)
     assert_same_codes(caches[2], caches[0])
     assert_same_codes(caches[3], caches[1])

@@ -128,7 +128,7 @@ def test_what_points_outside_reads_zeros_and_writes_nothing(ops: Ops) -> None:
     caches = [poison(2, 1, 4, 8) for _ in range(2)]
     ops.qk_norm_rope_write(
         poison(3, 2, 8), randn(3, 32), randn(8), randn(8), compare.rotary_table(8, 8),
-        torch.tensor([-1, 8, 2]), torch.tensor([-1, 8, 2**40]), *caches, EPS,
+        torch.tensor([-1, 8, 2]), torch.tensor([-1, 8, 2**40]), caches[0], caches[1], EPS,
     )  # fmt: skip
     assert all(torch.equal(cache, poison(2, 1, 4, 8)) for cache in caches)
 

@@ -151,8 +151,9 @@ def test_hashes_are_those_of_kernels_noise(device: torch.device) -> None:
         arguments = torch.tensor([seed]), torch.tensor([position])
         for first in (0, 151_000, 2**31 - 256):
             want = token_hash(*row_keys(*arguments), torch.arange(first, first + 256))
-            moved = (x.to(device) for x in arguments)
-            assert torch.equal(sampling.token_hashes(*moved, first, 256).cpu(), want)
+            moved = [x.to(device) for x in arguments]
+            got = sampling.token_hashes(moved[0], moved[1], first, 256).cpu()
+            assert torch.equal(got, want)
 
 
 BUGS: list[tuple[Any, str, str, str, dict[str, Any]]] = [
