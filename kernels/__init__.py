@@ -50,7 +50,7 @@ def select(device: torch.device | str) -> Ops:
     if forced == "triton" or (forced == "auto" and kind == "cuda"):
         from kernels import gpu
 
-        return gpu.load()
+        return gpu.load(kind)
     if kind != "cpu":
         raise BackendUnavailable(
             f"no {forced} kernels for device {kind!r}: use 'cpu', or MILLRACE_KERNELS=reference"

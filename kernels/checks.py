@@ -5,6 +5,8 @@ They look at shapes, dtypes, devices and layout only, never at values.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from kernels.interface import KernelError, PackedLinear
@@ -14,6 +16,7 @@ __all__ = [
     "check_add_bias",
     "check_add_rms_norm",
     "check_apply_penalties",
+    "check_apply_token_mask",
     "check_embed",
     "check_gather_rows",
     "check_linear",
@@ -92,7 +95,11 @@ def check_add_rms_norm(
 
 
 def _check_caches(
-    op: str, k_cache: torch.Tensor, v_cache: torch.Tensor, head_dim: int
+    op: str,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    head_dim: int,
+    dtypes: Collection[torch.dtype] = FLOAT_DTYPES,
 ) -> tuple[int, int, int]:
     """Check both caches; give (blocks, key-value heads, block size)."""
     blocks, kv_heads, block_size, _ = shape = _sizes(op, "k_cache", k_cache, "[N,Hkv,B,D]")
@@ -100,7 +107,9 @@ def _check_caches(
         raise KernelError(f"{op}: k_cache has head_dim {shape[3]}, the heads have {head_dim}")
     if blocks < 1 or kv_heads < 1 or block_size < 1:
         raise KernelError(f"{op}: k_cache must not be empty, got shape {list(shape)}")
-    dtype = _float(op, "k_cache", k_cache)
+    dtype = k_cache.dtype
+    if dtype not in dtypes:
+        raise KernelError(f"{op}: k_cache must be one of {sorted(map(str, dtypes))}, got {dtype}")
     _is(op, "k_cache", k_cache, shape, dtype)
     _is(op, "v_cache", v_cache, shape, dtype)
     return blocks, kv_heads, block_size
@@ -116,13 +125,15 @@ def check_qk_norm_rope_write(
     slots: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    cache_dtypes: Collection[torch.dtype] = FLOAT_DTYPES,
 ) -> tuple[int, int, int, int, int, int]:
     """See ``Ops.qk_norm_rope_write``; gives (T, Hq, Hkv, D, N, B)."""
     op = "qk_norm_rope_write"
     tokens, q_heads, head_dim = shape = _sizes(op, "q_out", q_out, "[T,Hq,D]")
     if head_dim % 2 or head_dim < 2:
         raise KernelError(f"{op}: head_dim must be even and positive, got {head_dim}")
-    blocks, kv_heads, block_size = _check_caches(op, k_cache, v_cache, head_dim)
+    caches = k_cache, v_cache
+    blocks, kv_heads, block_size = _check_caches(op, *caches, head_dim, cache_dtypes)
     act = _float(op, "q_out", q_out)
     _is(op, "q_out", q_out, shape, act)
     _is(op, "qkv", qkv, (tokens, (q_heads + 2 * kv_heads) * head_dim), act)
@@ -143,11 +154,13 @@ def check_paged_attention(
     block_tables: torch.Tensor,
     query_starts: torch.Tensor,
     context_lens: torch.Tensor,
+    cache_dtypes: Collection[torch.dtype] = FLOAT_DTYPES,
 ) -> tuple[int, int, int, int, int, int]:
     """See ``Ops.paged_attention``; gives (T, Hq, Hkv, D, N, B)."""
     op = "paged_attention"
     tokens, q_heads, head_dim = shape = _sizes(op, "q", q, "[T,Hq,D]")
-    blocks, kv_heads, block_size = _check_caches(op, k_cache, v_cache, head_dim)
+    caches = k_cache, v_cache
+    blocks, kv_heads, block_size = _check_caches(op, *caches, head_dim, cache_dtypes)
     if q_heads < 1 or q_heads % kv_heads:
         raise KernelError(f"{op}: {q_heads} query heads do not share {kv_heads} key-value heads")
     act = _float(op, "q", q)
@@ -245,6 +258,13 @@ def check_add_bias(
     _is("add_bias", "bias_rows", bias_rows, (count,), _I64)
     _is("add_bias", "bias_ids", bias_ids, (count,), _I64)
     _is("add_bias", "bias_values", bias_values, (count,), _F32)
+    return shape
+
+
+def check_apply_token_mask(logits: torch.Tensor, mask: torch.Tensor) -> torch.Size:
+    """See ``Ops.apply_token_mask``; gives [S, V]."""
+    rows, vocab = shape = _check_logits("apply_token_mask", logits)
+    _is("apply_token_mask", "mask", mask, (rows, -(-vocab // 32)), _I32)
     return shape
 
 

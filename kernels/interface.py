@@ -74,7 +74,8 @@ class Ops(Protocol):
         """What meets weights or a cache of dtype ``stored`` in a product is rounded to this first.
 
         That is ``x`` of ``linear``, and in ``paged_attention`` the queries and the weights of the
-        softmax, before they are divided by their sum. None: nothing is rounded. Sums are float32 or
+        softmax, before they are divided by their sum. None: nothing is rounded, but for the weights
+        of the softmax, which may be to act where act is the cache's dtype too. Sums are float32 or
         better in any case.
         """
 
@@ -280,6 +281,19 @@ class Ops(Protocol):
             bias_rows: ``[E]`` int64; an entry whose row is ``>= S`` is padding.
             bias_ids: ``[E]`` int64, each in ``[0, V)``; (row, id) pairs are distinct.
             bias_values: ``[E]`` float32.
+        """
+
+    def apply_token_mask(self, logits: torch.Tensor, mask: torch.Tensor) -> None:
+        """Set the logits of forbidden tokens to ``-inf``, in place.
+
+        Token ``i`` of a row is allowed if bit ``i % 32`` of its word ``i // 32`` is 1: the form in
+        which grammar libraries give their masks. A row of -1 forbids nothing.
+
+        Args:
+            logits: ``[S, V]`` float32, changed in place.
+            mask: ``[S, ceil(V/32)]`` int32; bits from ``V`` on are ignored.
+
+        Cost: reads ``S*V/8`` bytes, writes 4 bytes for each forbidden token.
         """
 
     def sample(

@@ -15,7 +15,7 @@ from kernels.interface import KernelError, PackedLinear
 from kernels.noise import uniforms
 from kernels.quantised import QuantisedWeight, check_quantised, dequantise
 
-__all__ = ["ReferenceLinear", "ReferenceOps", "check_ragged"]
+__all__ = ["ReferenceLinear", "ReferenceOps", "check_ragged", "keep_mask", "normalise"]
 
 _F64 = torch.float64
 
@@ -49,7 +49,7 @@ def _check_range(op: str, name: str, values: torch.Tensor, end: int) -> None:
         raise KernelError(f"{op}: {name} must be in 0..{end - 1}, got {found}")
 
 
-def _normalise(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def normalise(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm over the last dimension, in float64."""
     x = x.to(_F64)
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.to(_F64)
@@ -62,7 +62,7 @@ def _rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def _keep_mask(
+def keep_mask(
     z: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> torch.Tensor:
     """Which tokens top-k, top-p and min-p leave, bool ``[S, V]``, for ``z <= 0`` (0 is the max)."""
@@ -102,7 +102,7 @@ class ReferenceOps:
     ) -> None:
         """See ``Ops.rms_norm``."""
         checks.check_rms_norm(out, x, weight)
-        out.copy_(_normalise(x, weight, eps))
+        out.copy_(normalise(x, weight, eps))
 
     def add_rms_norm(
         self,
@@ -115,7 +115,7 @@ class ReferenceOps:
         """See ``Ops.add_rms_norm``."""
         checks.check_add_rms_norm(out, residual, x, weight)
         residual.copy_(residual.to(_F64) + x.to(_F64))
-        out.copy_(_normalise(residual, weight, eps))
+        out.copy_(normalise(residual, weight, eps))
 
     def qk_norm_rope_write(
         self,
@@ -139,8 +139,8 @@ class ReferenceOps:
         heads = qkv.view(-1, q_heads + 2 * kv_heads, head_dim)
         q, k, v = heads.tensor_split((q_heads, q_heads + kv_heads), dim=1)
         angles = cos_sin[positions]
-        q_out.copy_(_rotate(_normalise(q, q_weight, eps), angles))
-        k = _rotate(_normalise(k, k_weight, eps), angles)
+        q_out.copy_(_rotate(normalise(q, q_weight, eps), angles))
+        k = _rotate(normalise(k, k_weight, eps), angles)
         block, offset = slots // block_size, slots % block_size
         k_cache[block, :, offset] = k.to(k_cache.dtype)
         v_cache[block, :, offset] = v.to(v_cache.dtype)
@@ -248,6 +248,13 @@ class ReferenceOps:
         _check_range("add_bias", "bias_ids", ids, logits.shape[1])
         logits[rows, ids] += bias_values[real]
 
+    def apply_token_mask(self, logits: torch.Tensor, mask: torch.Tensor) -> None:
+        """See ``Ops.apply_token_mask``."""
+        checks.check_apply_token_mask(logits, mask)
+        ids = torch.arange(logits.shape[1], device=logits.device)
+        allowed = (mask[:, ids // 32] >> (ids % 32)) & 1
+        logits.masked_fill_(allowed == 0, float("-inf"))
+
     def sample(
         self,
         out_ids: torch.Tensor,
@@ -269,7 +276,7 @@ class ReferenceOps:
         warmth = torch.where(temperature == 0, 1.0, temperature).to(_F64)
         z = torch.where(scores == best, 0.0, (scores - best) / warmth[:, None])
         z = z.masked_fill(z.isnan(), float("-inf"))
-        keep = _keep_mask(z, top_k, top_p.to(_F64), min_p.to(_F64))
+        keep = keep_mask(z, top_k, top_p.to(_F64), min_p.to(_F64))
         noise = -torch.log(-torch.log1p(-uniforms(seeds, positions, logits.shape[1])))
         keys = torch.where(keep, z + noise, float("-inf"))
         drawn = (keys == keys.max(dim=1, keepdim=True).values).int().argmax(dim=1)

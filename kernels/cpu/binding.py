@@ -23,6 +23,7 @@ _SIGNATURES = {
     "gather_rows": "!pppLLL",
     "apply_penalties": "!pppppppLLL",
     "add_bias": "!ppppLLL",
+    "apply_token_mask": "ppLL",
     "sample": "ppppppppLL",
     "logprobs": "!pppppLLL",
     "token_hashes": "pLLLL",
@@ -56,6 +57,7 @@ class NativeLibrary:
     _gather_rows: Any
     _apply_penalties: Any
     _add_bias: Any
+    _apply_token_mask: Any
     _sample: Any
     _logprobs: Any
     _token_hashes: Any

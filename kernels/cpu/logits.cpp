@@ -320,6 +320,19 @@ int64_t millrace_add_bias(float* logits, const int64_t* bias_rows, const int64_t
   return 0;
 }
 
+void millrace_apply_token_mask(float* logits, const int32_t* mask, int64_t rows, int64_t vocab) {
+  const int64_t words = (vocab + 31) / 32;
+  for_each_row(rows, double(vocab) * 0.3, [&](int64_t r) {
+    for (int64_t w = 0; w < words; ++w) {
+      const uint32_t allowed = uint32_t(mask[r * words + w]);
+      if (allowed == 0xffffffffu) continue;
+      const int64_t first = w * 32, count = std::min<int64_t>(32, vocab - first);
+      float* const x = logits + r * vocab + first;
+      for (int64_t i = 0; i < count; ++i) x[i] = allowed >> i & 1 ? x[i] : -kInfinity;
+    }
+  });
+}
+
 void millrace_sample(int64_t* out_ids, const float* logits, const float* temperature,
                      const int32_t* top_k, const float* top_p, const float* min_p,
                      const int64_t* seeds, const int64_t* positions, int64_t rows, int64_t vocab) {

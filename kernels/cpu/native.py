@@ -336,6 +336,11 @@ class NativeOps(NativeLibrary):
                 ("bias_ids", bias_ids, f"in 0..{vocab - 1}"),
             )  # fmt: skip
 
+    def apply_token_mask(self, logits: torch.Tensor, mask: torch.Tensor) -> None:
+        """See ``Ops.apply_token_mask``."""
+        rows, vocab = checks.check_apply_token_mask(logits, mask)
+        self._apply_token_mask(logits.data_ptr(), mask.data_ptr(), rows, vocab)
+
     def sample(
         self,
         out_ids: torch.Tensor,

@@ -16,7 +16,7 @@ from functools import cache
 
 import torch
 
-from kernels import checks
+from kernels import checks, fp8
 from kernels.interface import BackendUnavailable, KernelError, PackedLinear
 from kernels.quantised import QuantisedWeight, check_quantised
 
@@ -27,20 +27,150 @@ except ImportError as error:
         "GPU kernels need triton, which is not installed: pip install 'millrace[gpu]'"
     ) from error
 
+if triton.knobs.runtime.interpret:
+    from kernels.gpu.interpreted import let_ranges_end_at_tensors, patch_once_a_launch
+
+    let_ranges_end_at_tensors()
+    patch_once_a_launch()
+
+from kernels.gpu import logits as logit_ops
+from kernels.gpu import rotary, rows, sampling
+from kernels.gpu import swiglu as gated
+from kernels.gpu.attention import attend_paged, plan_step
 from kernels.gpu.packed import DenseLinear, QuantisedLinear, pack_dense, pack_quantised, run_linear
+from kernels.gpu.workspace import Workspace
 
 __all__ = ["GpuOps", "load"]
 
 
 class GpuOps:
-    """See ``kernels.interface.Ops`` for what each op means."""
+    """See ``kernels.interface.Ops`` and ``kernels.fp8.Fp8Ops`` for what each op means."""
 
     name = "triton"
     batch_invariant = False
 
+    def __init__(self) -> None:
+        self._workspaces: dict[torch.device, Workspace] = {}
+
+    def _workspace(self, device: torch.device) -> Workspace:
+        """Memory for launches on this device, which are of one stream at a time."""
+        if device not in self._workspaces:
+            self._workspaces[device] = Workspace(device)
+        return self._workspaces[device]
+
     def rounds_to(self, stored: torch.dtype) -> torch.dtype | None:
         """See ``Ops.rounds_to``."""
         return None
+
+    def embed(self, out: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> None:
+        """See ``Ops.embed``."""
+        checks.check_embed(out, ids, table)
+        rows.take_rows(out, table, ids)
+
+    def gather_rows(self, out: torch.Tensor, x: torch.Tensor, rows_: torch.Tensor) -> None:
+        """See ``Ops.gather_rows``."""
+        checks.check_gather_rows(out, x, rows_)
+        rows.take_rows(out, x, rows_)
+
+    def rms_norm(
+        self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> None:
+        """See ``Ops.rms_norm``."""
+        checks.check_rms_norm(out, x, weight)
+        rows.rms_norm(out, x, weight, eps)
+
+    def rms_norm_fp8(
+        self,
+        out: torch.Tensor,
+        scales: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+    ) -> None:
+        """See ``Fp8Ops.rms_norm_fp8``."""
+        fp8.check_rms_norm_fp8(out, scales, x, weight)
+        rows.rms_norm(out, x, weight, eps, scales)
+
+    def add_rms_norm(
+        self,
+        out: torch.Tensor,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+    ) -> None:
+        """See ``Ops.add_rms_norm``."""
+        checks.check_add_rms_norm(out, residual, x, weight)
+        rows.add_rms_norm(out, residual, x, weight, eps)
+
+    def add_rms_norm_fp8(
+        self,
+        out: torch.Tensor,
+        scales: torch.Tensor,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+    ) -> None:
+        """See ``Fp8Ops.add_rms_norm_fp8``."""
+        fp8.check_add_rms_norm_fp8(out, scales, residual, x, weight)
+        rows.add_rms_norm(out, residual, x, weight, eps, scales)
+
+    def swiglu(self, out: torch.Tensor, gate_up: torch.Tensor) -> None:
+        """See ``Ops.swiglu``."""
+        checks.check_swiglu(out, gate_up)
+        gated.swiglu(out, gate_up)
+
+    def swiglu_fp8(self, out: torch.Tensor, scales: torch.Tensor, gate_up: torch.Tensor) -> None:
+        """See ``Fp8Ops.swiglu_fp8``."""
+        fp8.check_swiglu_fp8(out, scales, gate_up)
+        gated.swiglu(out, gate_up, scales)
+
+    def qk_norm_rope_write(
+        self,
+        q_out: torch.Tensor,
+        qkv: torch.Tensor,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor,
+        cos_sin: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        eps: float,
+    ) -> None:
+        """See ``Ops.qk_norm_rope_write``."""
+        checks.check_qk_norm_rope_write(
+            q_out, qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache
+        )
+        rotary.qk_norm_rope_write(
+            q_out, qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache, eps
+        )
+
+    def qk_norm_rope_write_fp8(
+        self,
+        q_out: torch.Tensor,
+        qkv: torch.Tensor,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor,
+        cos_sin: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        k_scale: torch.Tensor,
+        v_scale: torch.Tensor,
+        eps: float,
+    ) -> None:
+        """See ``Fp8Ops.qk_norm_rope_write_fp8``."""
+        fp8.check_qk_norm_rope_write_fp8(
+            q_out, qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache, k_scale,
+            v_scale,
+        )  # fmt: skip
+        rotary.qk_norm_rope_write(
+            q_out, qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache, eps,
+            (k_scale, v_scale),
+        )  # fmt: skip
 
     def paged_attention(
         self,
@@ -57,7 +187,30 @@ class GpuOps:
         checks.check_paged_attention(
             out, q, k_cache, v_cache, block_tables, query_starts, context_lens
         )
-        raise BackendUnavailable("paged_attention is not written for GPUs yet")
+        workspace = self._workspace(q.device)
+        plan = plan_step(workspace, q, k_cache, block_tables, query_starts, context_lens)
+        attend_paged(plan, out, q, k_cache, v_cache, block_tables, scale)
+
+    def paged_attention_fp8(
+        self,
+        out: torch.Tensor,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        k_scale: torch.Tensor,
+        v_scale: torch.Tensor,
+        block_tables: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        scale: float,
+    ) -> None:
+        """See ``Fp8Ops.paged_attention_fp8``."""
+        fp8.check_paged_attention_fp8(
+            out, q, k_cache, v_cache, k_scale, v_scale, block_tables, query_starts, context_lens
+        )
+        workspace = self._workspace(q.device)
+        plan = plan_step(workspace, q, k_cache, block_tables, query_starts, context_lens)
+        attend_paged(plan, out, q, k_cache, v_cache, block_tables, scale, (k_scale, v_scale))
 
     def pack_linear(self, weight: torch.Tensor) -> PackedLinear:
         """See ``Ops.pack_linear``."""
@@ -76,15 +229,80 @@ class GpuOps:
         checks.check_linear(out, x, packed)
         run_linear(out, x, packed, batch_invariant=self.batch_invariant)
 
+    def apply_penalties(
+        self,
+        logits: torch.Tensor,
+        entry_rows: torch.Tensor,
+        entry_ids: torch.Tensor,
+        entry_output_counts: torch.Tensor,
+        repetition: torch.Tensor,
+        presence: torch.Tensor,
+        frequency: torch.Tensor,
+    ) -> None:
+        """See ``Ops.apply_penalties``."""
+        checks.check_apply_penalties(
+            logits, entry_rows, entry_ids, entry_output_counts, repetition, presence, frequency
+        )
+        logit_ops.apply_penalties(
+            logits, entry_rows, entry_ids, entry_output_counts, repetition, presence, frequency
+        )
+
+    def add_bias(
+        self,
+        logits: torch.Tensor,
+        bias_rows: torch.Tensor,
+        bias_ids: torch.Tensor,
+        bias_values: torch.Tensor,
+    ) -> None:
+        """See ``Ops.add_bias``."""
+        checks.check_add_bias(logits, bias_rows, bias_ids, bias_values)
+        logit_ops.add_bias(logits, bias_rows, bias_ids, bias_values)
+
+    def apply_token_mask(self, logits: torch.Tensor, mask: torch.Tensor) -> None:
+        """See ``Ops.apply_token_mask``."""
+        checks.check_apply_token_mask(logits, mask)
+        logit_ops.apply_token_mask(logits, mask)
+
+    def sample(
+        self,
+        out_ids: torch.Tensor,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> None:
+        """See ``Ops.sample``."""
+        checks.check_sample(out_ids, logits, temperature, top_k, top_p, min_p, seeds, positions)
+        sampling.sample(out_ids, logits, temperature, top_k, top_p, min_p, seeds, positions)
+
+    def logprobs(
+        self,
+        out_logprobs: torch.Tensor,
+        out_ids: torch.Tensor,
+        out_ranks: torch.Tensor,
+        logits: torch.Tensor,
+        chosen: torch.Tensor,
+        k: int,
+    ) -> None:
+        """See ``Ops.logprobs``."""
+        checks.check_logprobs(out_logprobs, out_ids, out_ranks, logits, chosen, k)
+        logit_ops.logprobs(out_logprobs, out_ids, out_ranks, logits, chosen, k)
+
 
 @cache
-def load() -> GpuOps:
-    """The GPU ops, for CUDA devices and, interpreted, for the CPU.
+def load(device_type: str = "cuda") -> GpuOps:
+    """The GPU ops for ``cuda`` devices or, in the interpreter, for the ``cpu``.
 
-    Raises BackendUnavailable where triton would have to compile for a device that is not there.
+    Raises BackendUnavailable where there is no such device, or triton would compile for the CPU.
     """
-    if not (triton.knobs.runtime.interpret or torch.cuda.is_available()):
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable("no kernels for device 'cuda': torch finds no GPU")
+    if device_type != "cuda" and not triton.knobs.runtime.interpret:
         raise BackendUnavailable(
-            "the triton kernels need a CUDA device; for tests on the CPU set TRITON_INTERPRET=1"
+            f"the triton kernels need a CUDA device, got {device_type!r}; for tests on the CPU set "
+            "TRITON_INTERPRET=1"
         )
     return GpuOps()

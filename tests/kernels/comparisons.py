@@ -119,6 +119,7 @@ def qk_norm_rope_write(
     """``padded`` more tokens, at the end, write to the scratch block."""
     total, blocks = tokens + padded, 2 + (tokens + padded) // block + 3
     qkv = randn(total, (q_heads + 2 * kv_heads) * head_dim, dtype=act)
+    qkv[::2] *= 1e-3  # small enough for eps to count
     q_weight, k_weight = (randn(head_dim, seed=s, dtype=weight) for s in (1, 2))
     positions = torch.randperm(total + 5, generator=torch.Generator().manual_seed(1))[:total]
     slots = torch.randperm((blocks - 1) * block, generator=torch.Generator().manual_seed(2))
@@ -304,6 +305,18 @@ def add_bias(ops: Ops, *, rows: int, vocab: int, count: int) -> None:
     values[1::7] = float("-inf")
     ORACLE.add_bias(want, row, ids, values)
     ops.add_bias(got, row, ids, values)
+    assert torch.equal(got, want)
+
+
+def apply_token_mask(ops: Ops, *, rows: int, vocab: int) -> None:
+    want = randn(rows, vocab)
+    got = want.clone()
+    words = -(-vocab // 32)
+    generator = torch.Generator().manual_seed(rows + vocab)
+    mask = torch.randint(-(2**31), 2**31, (rows, words), generator=generator).int()
+    mask[::3] = -1
+    ORACLE.apply_token_mask(want, mask)
+    ops.apply_token_mask(got, mask)
     assert torch.equal(got, want)
 
 

@@ -121,6 +121,7 @@ def test_linear(
 def test_logit_edits(ops: Ops, rows: int, vocab: int, count: int) -> None:
     compare.apply_penalties(ops, rows=rows, vocab=vocab, count=count)
     compare.add_bias(ops, rows=rows, vocab=vocab, count=count)
+    compare.apply_token_mask(ops, rows=rows, vocab=vocab)
 
 
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (20, 2), (300, 17), (400, 1000), (40, 20011)])

@@ -245,6 +245,17 @@ def test_penalties() -> None:
     must_catch("add_bias", overwrites, rows=3, vocab=20, count=30)
 
 
+def test_token_mask() -> None:
+    def backwards(logits: Any, mask: Any) -> None:
+        BASE.apply_token_mask(logits, ~mask)
+
+    def signed_words(logits: Any, mask: Any) -> None:
+        BASE.apply_token_mask(logits, mask.clamp(min=0))
+
+    for body in (backwards, signed_words):
+        must_catch("apply_token_mask", body, rows=3, vocab=70)
+
+
 def sampling(index: int, change: Callable[[Any], Any]) -> Callable[..., None]:
     """``sample`` with its argument ``index`` changed."""
 

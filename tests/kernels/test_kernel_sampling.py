@@ -234,3 +234,13 @@ def test_bias_by_hand(ops: Ops) -> None:
         torch.tensor([0.5, float("-inf"), 9.0]),
     )  # fmt: skip
     assert logits.tolist() == [[1.0, 2.5], [float("-inf"), 4.0]]
+
+
+def test_token_mask_by_hand(ops: Ops) -> None:
+    """The highest bit of a word is the sign of its int32; bits past the vocabulary mean nothing."""
+    logits = torch.zeros(3, 34)
+    mask = torch.tensor([[-(2**31), 0b01], [-1, -1], [0b101, 0b1100]], dtype=torch.int32)
+    ops.apply_token_mask(logits, mask)
+    left = [[i for i, x in enumerate(row) if x == 0] for row in logits.tolist()]
+    assert left == [[31, 32], list(range(34)), [0, 2]]
+    assert bool((logits[logits != 0] == -math.inf).all())

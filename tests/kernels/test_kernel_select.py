@@ -43,7 +43,7 @@ def test_select(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MILLRACE_KERNELS", "torch")
     assert type(select("cpu")) is TorchOps
     monkeypatch.setenv("MILLRACE_KERNELS", "fast")
-    with pytest.raises(BackendUnavailable, match="auto, reference or torch, got 'fast'"):
+    with pytest.raises(BackendUnavailable, match="auto, reference, torch or triton, got 'fast'"):
         select("cpu")
     monkeypatch.setenv("MILLRACE_KERNELS", "auto")
     with pytest.raises(BackendUnavailable, match="'cuda'"):
@@ -194,6 +194,8 @@ def test_bad_shapes_and_dtypes(ops: Ops) -> None:
         ("gather_rows: rows", lambda: ops.gather_rows(out, x, ids.float())),
         ("add_bias: logits", lambda: ops.add_bias(x.to(BF16), ids, ids, weight[:3])),
         ("add_bias: bias_values", lambda: ops.add_bias(x, ids, ids, weight)),
+        ("apply_token_mask: mask", lambda: ops.apply_token_mask(x, ids[:, None].contiguous())),
+        ("apply_token_mask: mask", lambda: ops.apply_token_mask(x, ids.int()[:2, None])),
         ("logprobs: k", lambda: ops.logprobs(x, ids, ids, x, ids, 9)),
         ("logprobs: k", lambda: ops.logprobs(x, ids, ids, x, ids, -1)),
     ]

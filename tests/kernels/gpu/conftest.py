@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
 
 import pytest
 import torch
+
+from kernels import Ops
+from tests.kernels.gpu.on_device import on_device
 
 if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -26,15 +28,9 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _indices_of_the_interpreter() -> None:
-    """Triton 3.6 makes a loop's bounds of arrays of one element, which NumPy 2.4 refuses."""
-    from triton.runtime import interpreter
+@pytest.fixture(scope="session")
+def ops(device: torch.device) -> Ops:
+    """The GPU ops, for tensors on the CPU as the comparisons with the oracle make them."""
+    from kernels import gpu  # not before the interpreter is chosen
 
-    original = interpreter._patch_lang_tensor
-
-    def patch(tensor: Any, scope: Any) -> None:
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch
+    return on_device(gpu.load(device.type), device)
