@@ -187,6 +187,11 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     busy_s: float = 0.0
     """Seconds spent in steps."""
 
+    def on_top_of(self, past: EngineStats) -> EngineStats:
+        """Return these figures with the counters of engines before this one added."""
+        totals = {name: getattr(past, name) + getattr(self, name) for name in self.COUNTERS}
+        return msgspec.structs.replace(self, **totals)
+
 
 class Recoveries(msgspec.Struct, frozen=True, kw_only=True):
     """What became of engine processes that died while they served; all of it only grows."""
