@@ -72,6 +72,20 @@ def hurt(client: EngineClient, how: signal.Signals) -> int:
     return pid
 
 
+async def zygote_of(client: EngineClient) -> psutil.Process:
+    """The process that engines are forked from, once it is ready to."""
+    while (zygote := client._nursery.zygote) is None or not zygote.prepared:
+        await asyncio.sleep(0.005)
+    return psutil.Process(zygote.pid)
+
+
+async def take_engine(client: EngineClient) -> None:
+    """Kill the engine, and have the next one take its time."""
+    (await zygote_of(client)).suspend()
+    hurt(client, signal.SIGKILL)
+    await until(client, EngineState.RESTARTING)
+
+
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[EngineClient]:
     client = await start(tmp_path)
@@ -142,8 +156,8 @@ async def test_many_kills_are_no_reason_to_give_up(client: EngineClient) -> None
 
 async def test_a_stopped_idle_engine_is_replaced(client: EngineClient) -> None:
     pid = hurt(client, signal.SIGSTOP)
-    await until(client, EngineState.RESTARTING)
-    await until(client, EngineState.READY)
+    while not client.recoveries.recovered:
+        await asyncio.sleep(0.005)
     assert not psutil.pid_exists(pid)
     assert await tokens(client.generate(request("again", [7], 3))) == [8, 9, 10]
     assert (client.recoveries.hangs, client.recoveries.recovered) == (1, 1)
@@ -179,8 +193,7 @@ async def test_abort_and_leave_work_without_an_engine(client: EngineClient) -> N
     left = client.generate(request("left", [0], 10**9))
     stays = client.generate(request("stays", [0], 200))
     await anext(aborted)
-    hurt(client, signal.SIGKILL)
-    await until(client, EngineState.RESTARTING)
+    await take_engine(client)
     client.abort("aborted")
     await left.aclose()
     rest = await deltas(aborted)  # now, not when an engine is back
@@ -206,8 +219,7 @@ async def test_requests_wait_for_the_next_engine_up_to_a_bound(
 ) -> None:
     monkeypatch.setattr(client_module, "MAX_WAITING", 3)
     running = client.generate(request("running", [0], 1000))
-    hurt(client, signal.SIGKILL)
-    await until(client, EngineState.RESTARTING)
+    await take_engine(client)
     early = [client.generate(request(f"early{i}", [10 * i], 3)) for i in range(3)]
     with pytest.raises(EngineClosed, match="4 requests wait"):
         client.generate(request("too many", [0]))
@@ -243,13 +255,6 @@ async def test_a_failed_restart_is_followed_by_another(tmp_path: Path) -> None:
     assert await tokens(client.generate(request("a", [0], 10))) == list(range(1, 11))
     assert client.recoveries.restarts == 3
     await client.close()
-
-
-async def zygote_of(client: EngineClient) -> psutil.Process:
-    """The process that engines are forked from, once it is ready to."""
-    while (zygote := client._nursery.zygote) is None or not zygote.prepared:
-        await asyncio.sleep(0.005)
-    return psutil.Process(zygote.pid)
 
 
 async def test_engines_are_forked_from_one_process(tmp_path: Path) -> None:
