@@ -80,7 +80,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     towards ``max_tokens`` and penalties; deltas bring neither them nor their log-probabilities, and
     no ``prompt_logprobs``, which came with the first of them."""
     priority: int = 0
-    """Lower goes first; equal priorities go in order of arrival."""
+    """Lower goes first."""
+    due_s: float = 0.0
+    """When the answer is to begin, in seconds of any one clock. Within a tenant and a priority the
+    lesser goes first, and equals go in order of arrival. Where every request has one that grows
+    with time, those in no hurry too, none of them waits for ever."""
     cache_salt: str = ""
     """Prefixes are shared only under the same salt: no tenant can time another's prompts."""
     tenant: str = ""
