@@ -187,7 +187,7 @@ class EngineClient:
         At once where no engine has the request, else when the engine has answered.
         """
         if self._in_flight.abort(request_id) and self._process is not None:
-            self._process.send(Abort(request_id))
+            self._process.send(Abort(request_id, time.monotonic()))
 
     async def close(self) -> None:
         """End all processes; requests in flight get EngineClosed. Idempotent."""
@@ -204,7 +204,7 @@ class EngineClient:
 
     def _leave(self, request_id: str) -> None:
         if self._in_flight.drop(request_id) and self._process is not None:
-            self._process.send(Abort(request_id))
+            self._process.send(Abort(request_id, time.monotonic()))
 
     def _move(self, state: EngineState) -> None:
         if state not in _NEXT[self._state]:

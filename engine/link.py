@@ -62,6 +62,8 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     """End this request; unknown ids are ignored."""
 
     request_id: str
+    asked_s: float
+    """``time.monotonic()`` of the server when it asked; both processes have the same clock."""
 
 
 class Prepared(msgspec.Struct, frozen=True, tag=True):

@@ -166,6 +166,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         "queried_tokens",
         "generation_tokens",
         "preemptions",
+        "aborts",
+        "abort_steps",
+        "late_aborts",
         "busy_s",
     )
 
@@ -186,6 +189,12 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens looked up in the prefix cache."""
     generation_tokens: int = 0
     preemptions: int = 0
+    aborts: int = 0
+    """Requests that were in flight when their end was asked for."""
+    abort_steps: int = 0
+    """Steps that ended between the server's asking and these requests' blocks being free."""
+    late_aborts: int = 0
+    """Of the aborts, those that took more than two steps."""
     step_s: float = 0.0
     """Duration of the last step, seconds."""
     busy_s: float = 0.0

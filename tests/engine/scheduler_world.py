@@ -192,7 +192,11 @@ class World:
 
     def abort(self, request_id: str) -> None:
         """End a request; its blocks are free at once and it is told so once."""
+        held = {name: set(s.block_ids[0]) for name, s in self.scheduler._requests.items()}
+        others = set().union(*(blocks for name, blocks in held.items() if name != request_id))
+        num_free = self.cache.num_free
         delta = self.scheduler.abort(request_id)
+        assert self.cache.num_free == num_free + len(held[request_id] - others)
         assert delta is not None
         assert delta.finish_reason is FinishReason.ABORT
         assert delta.token_ids == []
