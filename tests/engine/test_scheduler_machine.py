@@ -77,6 +77,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             "cache_salt": st.sampled_from(["", "other"]),
             "tenant": st.sampled_from(["", "one", "two"]),
             "weight": st.sampled_from([1.0, 0.5, 4.0]),
+            "due_s": st.sampled_from([-1.0, 2.5, 7.0]),
         },
     )
 
@@ -250,8 +251,12 @@ MUTATIONS = [
     Mutation(
         "arrival order forgotten",
         STEPS,
-        "(request.priority, arrival)",
-        "(request.priority, -arrival)",
+        "request.due_s, arrival)",
+        "request.due_s, -arrival)",
+    ),
+    Mutation("deadlines forgotten", STEPS, "request.due_s, arrival)", "0.0, arrival)"),
+    Mutation(
+        "the last deadline first", STEPS, "request.due_s, arrival)", "-request.due_s, arrival)"
     ),
     Mutation(
         "aborted request stays listed",
