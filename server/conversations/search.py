@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ def fold(text: str) -> str:
     """Return ``text`` so that what people take for the same is the same (NFKD, case folded)."""
     if text.isascii():
         return text.lower()
-    # Folding case may bring forth marks (İ), and decomposing capitals (㎏ no, ℌ yes).
+    # Decomposing brings forth capitals (ℌ), and folding their case marks (İ).
     folded = unicodedata.normalize("NFKD", text).casefold()
     return unicodedata.normalize("NFKD", folded).translate(_ACCENTS)
 
@@ -103,9 +104,5 @@ def _unfolded(text: str, at: int) -> int:
     """Return where the character lies whose folded form has the offset ``at``."""
     if text.isascii():
         return at
-    length = 0
-    for index, char in enumerate(text):
-        length += len(fold(char))
-        if length > at:
-            return index
-    return len(text)
+    ends = range(len(text))
+    return bisect_right(ends, at, key=lambda end: len(fold(text[:end]))) - 1
