@@ -131,4 +131,8 @@ class Listing:
 
 
 def _not_listed(conversation_id: str) -> ApiError:
-    return invalid(f"There is no conversation '{conversation_id}' in this list.", param="after")
+    return invalid(
+        f"There is no conversation '{conversation_id}' in this list.",
+        param="after",
+        code="conversation_not_found",
+    )
