@@ -15,7 +15,7 @@ __all__ = ["Found", "Match", "fold", "search", "words_of"]
 MAX_WORDS = 32
 BEFORE_CHARS = 40
 SNIPPET_CHARS = 160
-_ACCENTS = dict.fromkeys(range(0x300, 0x370))
+_ACCENTS = re.compile("[\u0300-\u036f]+")
 """Combining marks of Latin, Greek and Cyrillic; in other scripts marks are letters."""
 
 
@@ -51,7 +51,7 @@ def fold(text: str) -> str:
         return text.lower()
     # Decomposing brings forth capitals (ℌ), and folding their case marks (İ).
     folded = unicodedata.normalize("NFKD", text).casefold()
-    return unicodedata.normalize("NFKD", folded).translate(_ACCENTS)
+    return _ACCENTS.sub("", unicodedata.normalize("NFKD", folded))
 
 
 def words_of(query: str) -> list[str]:

@@ -11,6 +11,7 @@ import msgspec
 import openai
 import pytest
 
+from server.errors import ApiError
 from server.journals import Journals
 from server.sessions import Sessions
 from server.store import Store
@@ -394,6 +395,39 @@ async def test_many_at_once_on_two_servers_lose_nothing() -> None:
     assert sum(not isinstance(end, Exception) for end in ends) == 1
     await second.close()
     await first.close()
+
+
+async def test_a_turn_that_begins_during_a_deletion_keeps_its_items(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever is first: the turn has what it saw, or the deletion what it deleted."""
+    store = await memory_store()
+    journals = [Journals(store), Journals(store)]
+    for one in journals:
+        await one.start()
+    ours, theirs = (Sessions(store, one, retention_s=60).conversations for one in journals)
+    chat = (await ours.create("", {}, [{"id": "a"}, {"id": "b"}])).conversation_id
+    real = ours.claims.holds
+
+    async def slow(holder: bytes | None) -> bool:
+        held = await real(holder)
+        if not held:
+            await theirs.claim(chat, "", "resp_1", num_new=1)
+        return held
+
+    for subtree in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(ours.claims, "holds", slow)
+            with pytest.raises(ApiError, match="response is being made"):
+                await ours.delete_item(chat, "a", "", subtree=subtree)
+    await theirs.append(chat, [{"id": "c"}], "b")
+    assert [item["id"] for item in await ours.items(chat, "")] == ["a", "b", "c"]
+    # A server that is gone keeps nobody from deleting.
+    await journals[1].close()
+    await ours.delete_item(chat, "a", "")
+    assert [item["id"] for item in await ours.items(chat, "")] == ["b", "c"]
+    await journals[0].close()
+    await store.close()
 
 
 async def test_what_changed_last_is_newest_though_a_clock_is_behind(
