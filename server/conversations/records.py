@@ -184,7 +184,9 @@ def _kept(
     items = {one.decode(): _decode_item(stored[one]) for one, _ in order if one in stored}
     next_number = int(order[-1][1]) + 1 if order else 0
     if record.head is not msgspec.UNSET:
-        return Kept(record, Tree(items, record.head), items, next_number)
+        # What belongs together may expire a moment apart.
+        head = record.head if record.head in items else None
+        return Kept(record, Tree(items, head), items, next_number)
     # Its items lay in one sequence, with the parents they had before others were deleted.
     tree = Tree.chain(items)
     title = record.title or title_of(tree.bodies(items))

@@ -361,6 +361,18 @@ async def test_conversations_of_before_there_were_trees() -> None:
     await store.close()
 
 
+async def test_items_that_expired_before_their_conversation() -> None:
+    store = await memory_store()
+    async with serving(store=store) as server:
+        chat = await Chat.new(server, "a", "b")
+        await store.redis.delete(f"millrace:conversation:{chat.id}:items")
+        _, page = await server.get(f"{chat.url}/items")
+        assert page["data"] == []
+        await server.post(f"{chat.url}/items", {"items": [USER]})
+        assert await chat.tree() == {"hi": ""}
+    await store.close()
+
+
 async def test_many_at_once_on_two_servers_lose_nothing() -> None:
     """Each adds after the head that it finds: one line, whoever was faster."""
     if shutil.which("redis-server") is None:
