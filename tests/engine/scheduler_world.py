@@ -27,6 +27,7 @@ __all__ = [
     "drive",
     "expected_answer",
     "fingerprint",
+    "random_settings",
     "request_of",
 ]
 
@@ -383,6 +384,20 @@ class World:
             ]
         elif record.tokens:
             assert record.prompt_logprobs is None
+
+
+def random_settings(seed: int) -> WorldSettings:
+    """Settings of a world with hardly any room."""
+    rng = random.Random(seed)
+    return WorldSettings(
+        num_blocks=rng.randrange(2, 13),
+        block_size=rng.randrange(1, 5),
+        max_num_tokens=rng.randrange(1, 12),
+        max_num_seqs=rng.randrange(1, 6),
+        max_model_len=rng.randrange(4, 24),
+        chunk_tokens=rng.choice([None, None, 1, 3]),
+        prefix_cache=rng.random() < 0.9,
+    )
 
 
 def drive(settings: WorldSettings, modules: Any, seed: int, num_actions: int = 60) -> World:

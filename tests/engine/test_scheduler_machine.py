@@ -6,7 +6,6 @@ first request in order gains a token, all books agree. Then bugs are planted, wh
 
 from __future__ import annotations
 
-import random
 from functools import cache
 from typing import Any
 
@@ -20,6 +19,7 @@ from tests.engine.scheduler_world import (
     World,
     WorldSettings,
     drive,
+    random_settings,
     request_of,
 )
 
@@ -131,19 +131,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 SchedulerMachine.TestCase.settings = hypothesis_settings(max_examples=150, stateful_step_count=40)
 TestScheduler = pytest.mark.timeout(MACHINE_TIMEOUT_S)(SchedulerMachine.TestCase)
-
-
-def random_settings(seed: int) -> WorldSettings:
-    rng = random.Random(seed)
-    return WorldSettings(
-        num_blocks=rng.randrange(2, 13),
-        block_size=rng.randrange(1, 5),
-        max_num_tokens=rng.randrange(1, 12),
-        max_num_seqs=rng.randrange(1, 6),
-        max_model_len=rng.randrange(4, 24),
-        chunk_tokens=rng.choice([None, None, 1, 3]),
-        prefix_cache=rng.random() < 0.9,
-    )
 
 
 def test_random_worlds_exercise_what_they_are_for() -> None:
