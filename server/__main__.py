@@ -109,7 +109,11 @@ def serve(
         int | None, _option("--num-threads", "Compute threads on a CPU.")
     ] = None,
     redis_url: Annotated[
-        str | None, _option("--redis-url", "Where to keep state, such as redis://host:6379.")
+        str | None,
+        _option(
+            "--redis-url",
+            "Where to keep state: redis://host:6379, or redis+sentinel://host:port,host:port/NAME.",
+        ),
     ] = None,
     api_key_file: Annotated[
         Path | None, _option("--api-key-file", "File of API keys: one a line, or [[key]] tables.")

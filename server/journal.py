@@ -19,7 +19,7 @@ log checks that the same events come, places in the queue apart, and goes on whe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -126,6 +126,9 @@ class Journal:
         self.moved = False
         """Broken because another replica runs the turn."""
         self.on_moved: Callable[[], None] = lambda: None
+        self.on_rewritten: Callable[[], Awaitable[None]] = _nothing
+        """Called when the store lost the log, or may have: what else is stored of the turn may be
+        lost too. May raise StoreError."""
         self._failure = failure
         self._on_append = on_append
         self._elsewhere = elsewhere
@@ -307,6 +310,10 @@ class Journal:
             else:
                 caught_up = True
                 await self._changed()
+
+
+async def _nothing() -> None:
+    pass
 
 
 def _entry(event: Event, sequence_number: int, notes: bytes | None = None) -> Entry:

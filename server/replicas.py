@@ -8,6 +8,7 @@ Keys (all with a time to live)::
 
 A replica is dead when its key is gone at two looks in a row, with the store answering between them:
 after a store that stood still, everybody's key has run out, and everybody gets time to renew it.
+After one that did not answer they get a lease's time: each has to find it, or its heir, again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import secrets
 import time
 from typing import Any
 
-from server.store import Store
+from server.store import Store, StoreUnavailable
 
 __all__ = ["HEARTBEAT_S", "LEASE_S", "OPEN_KEEP_S", "Replicas"]
 
@@ -35,6 +36,7 @@ class Replicas:
         self.id = secrets.token_hex(8)
         """Names this process in the store."""
         self._absent: set[str] = set()
+        self._doubt_ends_s = 0.0
 
     async def beat(self) -> bool:
         """Say that this replica lives; return False if the store had taken it for dead."""
@@ -59,8 +61,24 @@ class Replicas:
         alive = await self._look()
         return sum(alive.values())
 
+    def doubt(self) -> None:
+        """The store did not answer: nobody can be told dead from cut off for a while."""
+        self._absent = set()
+        self._doubt_ends_s = time.monotonic() + LEASE_S
+
+    @property
+    def _doubts(self) -> bool:
+        return time.monotonic() < self._doubt_ends_s
+
+    def check_doubt(self) -> None:
+        """Raise StoreUnavailable while what is not in the store may yet be written again."""
+        if self._doubts:
+            raise StoreUnavailable("the store was away, and others may not have found it yet")
+
     async def dead(self) -> list[str]:
         """Return the replicas that were found dead twice in a row."""
+        if self._doubts:
+            return []
         alive = await self._look()
         absent = {replica for replica, lives in alive.items() if not lives}
         dead, self._absent = absent & self._absent, absent

@@ -30,7 +30,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     port: int = 8000
     """0 takes a free port."""
     redis_url: str | None = None
-    """``redis://``, ``rediss://`` or ``unix://`` address; None: a private store."""
+    """``redis://``, ``rediss://``, ``unix://`` or ``redis+sentinel://`` address (see ``sentinel``);
+    None: a private store."""
     api_key_file: Path | None = None
     """File of API keys, one a line; None: everyone may call."""
     max_body_bytes: int = 8 * _MIB

@@ -69,6 +69,7 @@ class Takeover:
             try:
                 await self.scan()
             except (RedisError, OSError, StoreError) as error:
+                self._replicas.doubt()
                 log.debug("no look for dead servers: %s", error)
             except Exception as error:
                 log_crash(log, "a take-over", error)
@@ -86,7 +87,7 @@ class Takeover:
 
     async def _take(self, turn_id: str) -> bool:
         """Claim a turn and go on with it; False: it is left for later."""
-        if self._journals.live(turn_id) is not None:
+        if self._journals.holds(turn_id):
             return True
         tail = await self._stored.tail(turn_id)
         owner = await self._stored.owner(turn_id)

@@ -42,6 +42,9 @@ class TurnKeeper(Protocol):
     async def end(self, request: TurnRequest, response: dict[str, Any]) -> None:
         """Store a turn's end, before its terminal event is shown."""
 
+    async def begin_again(self, request: TurnRequest, response: dict[str, Any]) -> None:
+        """Store a turn that runs, where the store has lost it."""
+
     async def adopt(self, request: TurnRequest, turn_id: str) -> None:
         """Hold for this server what a turn had claimed that is taken over."""
 
@@ -159,6 +162,7 @@ class Turns:
         journal = self._journals.open(
             turn.id, keep_s=keep_s, failure=turn.failure, kept=keep(turn.work)
         )
+        journal.on_rewritten = lambda: self._keep_again(turn)
         self._enter(turn)
         turn.begin(journal)
         return turn
@@ -185,6 +189,7 @@ class Turns:
             generation=generation,
             log=events,
         )
+        journal.on_rewritten = lambda: self._keep_again(turn)
         room = self.engine.info.max_model_len
         self._gate.adopt(turn.id, request, work.prompts, room, work.created_at)
         self._enter(turn)
@@ -259,6 +264,15 @@ class Turns:
                 if loop.time() > give_up_s:
                     raise
                 await asyncio.sleep(KEEP_RETRY_S)
+
+    async def _keep_again(self, turn: Turn) -> None:
+        """Store what the store lost of a turn besides its log. Raises StoreError."""
+        if not _kept(turn.request):
+            return
+        if turn.response["status"] == "in_progress":
+            await self._keeper.begin_again(turn.request, turn.response)
+        else:
+            await self._keeper.end(turn.request, turn.response)
 
     def forget(self, turn: Turn) -> None:
         """Take an ended turn out of the registry."""
