@@ -124,6 +124,9 @@ def serve(
     max_queue_wait: Annotated[
         float, _option("--max-queue-wait", "Longest expected wait of a turn, seconds.")
     ] = 60.0,
+    drain_seconds: Annotated[
+        float, _option("--drain-seconds", "How long answers may go on after SIGTERM.", min=0)
+    ] = 30.0,
     max_connections: Annotated[
         int, _option("--max-connections", "Open connections, all together.", min=1)
     ] = 8192,
@@ -179,6 +182,7 @@ def serve(
             api_key_file=api_key_file,
             max_queue=max_queue,
             max_queue_wait_s=max_queue_wait,
+            drain_s=drain_seconds,
             max_connections=max_connections,
             max_connections_per_address=max_connections_per_address,
             prices=Prices(prompt=price_prompt, cached=price_cached, completion=price_completion),

@@ -84,6 +84,10 @@ class Journals:
             await journal.written()
         tasks, self._tasks = self._tasks, []
         await end(*tasks)
+        await self.leave()
+
+    async def leave(self) -> None:
+        """Tell the other replicas that this one ends; what it has not ended is theirs from now."""
         with contextlib.suppress(RedisError, OSError):
             await self.replicas.leave()
 
@@ -130,7 +134,12 @@ class Journals:
 
     def holds(self, turn_id: str) -> bool:
         """Return whether a turn's log is in memory: it runs here, or has just ended here."""
-        return turn_id in self._live or turn_id in self._ended
+        return self._held(turn_id) is not None
+
+    def _held(self, turn_id: str) -> Journal | None:
+        if turn_id in self._live:
+            return self._live[turn_id]
+        return self._ended[turn_id][1] if turn_id in self._ended else None
 
     @property
     def num_live(self) -> int:
@@ -142,7 +151,7 @@ class Journals:
 
         Raises JournalNotFound, StoreError.
         """
-        journal = self._live.get(turn_id)
+        journal = self._held(turn_id)
         if journal is not None:
             return journal.follow(after)
         if await self.stored.last(turn_id) is None:
@@ -152,7 +161,7 @@ class Journals:
 
     async def view(self, turn_id: str) -> bytes | None:
         """Return what is needed to show a turn; None if there is none. Raises StoreError."""
-        journal = self._live.get(turn_id)
+        journal = self._held(turn_id)
         if journal is not None and journal.kept is not None:
             return journal.kept.view
         with reaching():
@@ -181,6 +190,7 @@ class Journals:
     async def delete(self, turn_id: str) -> None:
         """Delete a turn's log and what is stored beside it."""
         stored = self.stored
+        self._ended.pop(turn_id, None)
         try:
             await self._store.redis.delete(
                 stored.key(turn_id), stored.view_key(turn_id), stored.work_key(turn_id)

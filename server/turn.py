@@ -167,7 +167,7 @@ class Turn:
 
     def stop(self) -> None:
         """Ask for the turn's end with ``response.cancelled``, without waiting for it."""
-        if self._state is _State.RUNNING and not self._cancelled:
+        if self._state is _State.RUNNING and not self._cancelled and not self._moved:
             self._cancelled = True
             # A task that is cancelled before it begins never runs, and would owe the terminal
             # event; it looks at the flag when it begins.
@@ -294,6 +294,13 @@ class Turn:
     def used(self) -> Used | None:
         """The tokens it used so far; None: another server runs it and will count them."""
         return None if self._moved else Used(*self._usage())
+
+    async def hand_over(self) -> None:
+        """Stop, and leave the turn to another server as it is; what is ending already ends here."""
+        if self._state is _State.RUNNING and not self._cancelled and not self._moved:
+            self._journal.leave()
+            self._on_moved()
+        await self.ended()
 
     def _on_moved(self) -> None:
         """Another server runs the turn now: stop, and leave its end to that one."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from engine import EngineError, EngineState, Tokenizer
-from server.errors import ApiError
+from server.errors import ApiError, draining
 from server.events import ResponseCreated
 from server.guard.gate import Gate
 from server.guard.queue import Place
@@ -20,7 +20,7 @@ from server.metering.metrics import Metrics
 from server.prompting import Prompter
 from server.request import TurnRequest
 from server.sequence import Engine
-from server.store import Store, StoreError, StoreUnavailable, reaching
+from server.store import Store, StoreError, StoreKind, StoreUnavailable, reaching
 from server.turn import Turn
 from server.turn_record import TurnWork, keep
 
@@ -113,13 +113,7 @@ class Turns:
 
     def _admit(self) -> None:
         if self.draining:
-            raise ApiError(
-                503,
-                "The server is shutting down.",
-                kind="server_error",
-                code="server_draining",
-                retry_after_s=5,
-            )
+            raise draining()
         if len(self._turns) + self._starting >= self._max_live:
             raise ApiError(
                 429,
@@ -301,14 +295,24 @@ class Turns:
         await self._idle.wait()
 
     async def drain(self, patience_s: float) -> None:
-        """Take no new turns, wait for those that run, and cancel what runs after ``patience_s``."""
+        """Take no new turns, wait for those that run, and leave what runs after ``patience_s``.
+
+        In a store that others share those turns go on: at once where another server lives, else
+        when one is started. Otherwise they are cancelled.
+        """
         self.draining = True
         try:
             async with asyncio.timeout(patience_s):
                 await self._idle.wait()
         except TimeoutError:
-            log.warning("cancelling %d turns that still run", len(self._turns))
-        await asyncio.gather(*(turn.cancel() for turn in list(self._turns.values())))
+            running = list(self._turns.values())
+            if self._store.kind is StoreKind.REDIS:
+                log.warning("leaving %d turns that still run to other servers", len(running))
+                await asyncio.gather(*(turn.hand_over() for turn in running))
+                await self._journals.leave()
+            else:
+                log.warning("cancelling %d turns that still run", len(running))
+                await asyncio.gather(*(turn.cancel() for turn in running))
         await asyncio.gather(*self._abandoned)
 
     def close(self) -> None:

@@ -132,6 +132,19 @@ async def server_kill(campaign: Campaign, count: int) -> None:
     await _rounds(campaign, count, strike, heal, addresses=campaign.urls)
 
 
+async def rolling_restart(campaign: Campaign, count: int) -> None:
+    """SIGTERM a server amid its answers and start it again, as an update of all does in turn."""
+
+    async def strike() -> str:
+        replica = campaign.rng.choice(campaign.cluster.replicas)
+        status = await asyncio.to_thread(replica.terminate)
+        assert status == 0, replica.log
+        await asyncio.to_thread(replica.restart)
+        return "server restarted"
+
+    await _rounds(campaign, count, strike, addresses=campaign.urls)
+
+
 async def server_freeze(campaign: Campaign, count: int) -> None:
     """SIGSTOP a server for a moment, as a machine that swaps."""
 
@@ -251,6 +264,7 @@ SCENARIOS = {
         Scenario("engine-stop", "SIGSTOP of the engine, for good", engine_stop, WHOLE, short=0),
         Scenario("engine-freeze", "SIGSTOP of the engine for up to 1 s", engine_freeze),
         Scenario("server-kill", "SIGKILL of a server", server_kill, WHOLE),
+        Scenario("rolling-restart", "SIGTERM of a server, and its new start", rolling_restart),
         Scenario("server-freeze", "SIGSTOP of a server for up to 1 s", server_freeze, short=0),
         Scenario("redis-kill", "SIGKILL of Redis, its log on disk", redis_kill),
         Scenario(

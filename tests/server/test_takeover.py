@@ -25,12 +25,12 @@ from server.events import (
 )
 from server.guard.keys import KeyRing
 from server.guard.queue import Place
-from server.journal import Entry
+from server.journal import Entry, JournalLeft
 from server.journals import Journals
 from server.metering.metrics import Metrics
 from server.request import SamplingOptions, ToolOptions, TurnRequest
 from server.sessions import Sessions
-from server.store import Store
+from server.store import Store, StoreKind
 from server.takeover import Takeover
 from server.turn import Turn
 from server.turns import Turns
@@ -342,6 +342,47 @@ async def test_only_one_server_takes_a_turn(store: Store) -> None:
     assert sum(len(heir.engine.requests) for heir in heirs) == 1
     for replica in (dying, *heirs):
         await replica.close()
+
+
+@pytest.mark.parametrize("allowed", [0, 5, 40])
+async def test_a_server_that_ends_hands_its_turns_over(store: Store, allowed: int) -> None:
+    """One look is enough: nobody waits until it is taken for dead. Its own readers are sent on, and
+    go on behind the last event that they have."""
+    store.kind = StoreKind.REDIS
+    ending = await Replica(store, allowed=allowed).start()
+    alive = await Replica(store).start()
+    turn = await ending.turns.start(request())
+    await until_written(turn, allowed)
+    seen: list[Event] = []
+
+    async def read() -> None:
+        async for batch in turn.batches():
+            seen.extend(entry.event for entry in batch)
+
+    reader = asyncio.create_task(read())
+    await ending.turns.drain(0.0)
+    with pytest.raises(JournalLeft):
+        await asyncio.wait_for(reader, 20)
+    assert ending.turns.live == 0
+    assert await alive.journals.replicas.others() == 0
+    await alive.takeover.scan()
+    last = seen[-1].sequence_number
+    rest = await asyncio.wait_for(events_of(await alive.journals.follow(turn.id, last)), 20)
+    check([*seen, *rest])
+    assert text_of([*seen, *rest]) == TEXT
+    for replica in (ending, alive):
+        await replica.close()
+
+
+async def test_without_others_to_share_with_turns_are_cancelled(store: Store) -> None:
+    ending = await Replica(store, allowed=5).start()
+    turn = await ending.turns.start(request())
+    await until_written(turn, 5)
+    await ending.turns.drain(0.0)
+    events = await events_of(turn.batches())
+    check(events)
+    assert isinstance(events[-1], ResponseCancelled)
+    await ending.close()
 
 
 async def test_heirs_may_die_too(store: Store) -> None:
