@@ -188,6 +188,4 @@ def _hopeless(work: TurnWork | None, entries: list[Entry]) -> str | None:
         return "what it was asked is not stored"
     if [entry.event.sequence_number for entry in entries] != list(range(len(entries))):
         return "part of its event log is lost"
-    if work.request.tools.builtin:
-        return "a turn with tools of the server's own cannot be taken up in the middle"
     return None

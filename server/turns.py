@@ -14,7 +14,7 @@ from server.errors import ApiError, draining
 from server.events import ResponseCreated
 from server.guard.gate import Gate
 from server.guard.queue import Place
-from server.journal import Entry, JournalMismatch
+from server.journal import Entry, JournalMismatch, JournalMoved
 from server.journals import Journals
 from server.metering.metrics import Metrics
 from server.prompting import Prompter
@@ -169,7 +169,8 @@ class Turns:
     async def take_over(self, work: TurnWork, events: Sequence[Entry], generation: int) -> bool:
         """Go on with a turn whose server died; return whether it goes on.
 
-        Where it cannot, it is ended, with a failure that says why. Raises StoreError.
+        Where it cannot, it is ended, with a failure that says why, unless it has left this server
+        again already. Raises StoreError.
         """
         request = work.request
         turn = Turn(self, request, time.monotonic(), work.created_at)
@@ -189,8 +190,11 @@ class Turns:
         self._enter(turn)
         try:
             turn.prepare(work.prompts, work.seed)
-            turn.rehearse(journal)
+            await turn.rehearse(journal)
             await turn.go_on()
+        except JournalMoved:
+            self.forget(turn)
+            return False
         except (ApiError, EngineError, JournalMismatch) as error:
             log.error("%s cannot go on here: %s", turn.id, error)
             first = events[0].event if events else None
