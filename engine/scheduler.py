@@ -5,8 +5,9 @@ step brings it closer to its token count, and a step that catches up draws one m
 Generating is being one token behind, reading a prompt is being many behind, and a preempted request
 that returns is simply far behind again.
 
-Requests have a turn: (priority, tokens their tenant was served, arrival), see ``engine.fairness``.
-Within one tenant that is (priority, arrival). Between tenants it shares out seats, blocks and the
+Requests have a turn: (priority, tokens their tenant was served, due, arrival), see
+``engine.fairness``. Within one tenant that is (priority, due, arrival): what is due first is let in
+first, but takes no seat from one that has it. Between tenants it shares out seats, blocks and the
 prompt tokens of a step; and a tenant that has fallen behind another by ``slack`` takes its seats,
 so that two tenants that always have work are never further apart than twice the slack and a step.
 
@@ -25,7 +26,7 @@ from array import array
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Collection
-from math import inf
+from math import inf, isnan
 from operator import attrgetter
 
 from engine.blocks import InvariantError
@@ -84,7 +85,7 @@ class Scheduler:
         slack = max_num_tokens * costs.prompt + self._max_num_seqs * costs.decode
         self._accounts = Accounts(slack)
         self._requests: dict[str, RequestState] = {}
-        self._running: list[RequestState] = []  # in order of (priority, arrival)
+        self._running: list[RequestState] = []  # in order
         self._arrivals = 0
         self._plan: Plan | None = None
         self._prompt_tokens = 0
@@ -252,6 +253,8 @@ class Scheduler:
             )
         if not 0 < request.weight < inf:
             raise RequestError(f"weight is {request.weight}; it must be > 0", param="weight")
+        if isnan(request.due_s):
+            raise RequestError("due_s is not a number", param="due_s")
         try:
             array("I", request.prompt_ids + request.output_ids)
         except (OverflowError, TypeError) as error:

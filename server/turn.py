@@ -192,7 +192,9 @@ class Turn:
         self._work = TurnWork(
             request=request, prompts=list(prompts), seed=seed, created_at=self.created_at
         )
-        self._maker = SequenceMaker(self.id, self._tokenizer, self._engine.info, seed)
+        self._maker = SequenceMaker(
+            self.id, self._tokenizer, self._engine.info, seed, self._arrived_s
+        )
         self._sequences = self._maker.all(request, prompts)
         self._prompts_shown = [asyncio.Event() for _ in prompts]
         self.response = response_object(

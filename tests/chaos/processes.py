@@ -157,9 +157,9 @@ class Replica:
 
     def engine(self) -> psutil.Process:
         """The engine's process; raises LookupError while there is none."""
-        for child in psutil.Process(self.live.pid).children():
+        for child in psutil.Process(self.live.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if "engine" in child.cmdline():
+                if child.name() == "millrace-engine" and child.status() != psutil.STATUS_ZOMBIE:
                     return child
         raise LookupError("there is no engine process now")
 

@@ -6,7 +6,6 @@ first request in order gains a token, all books agree. Then bugs are planted, wh
 
 from __future__ import annotations
 
-import random
 from functools import cache
 from typing import Any
 
@@ -20,6 +19,7 @@ from tests.engine.scheduler_world import (
     World,
     WorldSettings,
     drive,
+    random_settings,
     request_of,
 )
 
@@ -77,6 +77,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             "cache_salt": st.sampled_from(["", "other"]),
             "tenant": st.sampled_from(["", "one", "two"]),
             "weight": st.sampled_from([1.0, 0.5, 4.0]),
+            "due_s": st.sampled_from([-1.0, 2.5, 7.0]),
         },
     )
 
@@ -130,19 +131,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 SchedulerMachine.TestCase.settings = hypothesis_settings(max_examples=150, stateful_step_count=40)
 TestScheduler = pytest.mark.timeout(MACHINE_TIMEOUT_S)(SchedulerMachine.TestCase)
-
-
-def random_settings(seed: int) -> WorldSettings:
-    rng = random.Random(seed)
-    return WorldSettings(
-        num_blocks=rng.randrange(2, 13),
-        block_size=rng.randrange(1, 5),
-        max_num_tokens=rng.randrange(1, 12),
-        max_num_seqs=rng.randrange(1, 6),
-        max_model_len=rng.randrange(4, 24),
-        chunk_tokens=rng.choice([None, None, 1, 3]),
-        prefix_cache=rng.random() < 0.9,
-    )
 
 
 def test_random_worlds_exercise_what_they_are_for() -> None:
@@ -263,8 +251,12 @@ MUTATIONS = [
     Mutation(
         "arrival order forgotten",
         STEPS,
-        "(request.priority, arrival)",
-        "(request.priority, -arrival)",
+        "request.due_s, arrival)",
+        "request.due_s, -arrival)",
+    ),
+    Mutation("deadlines forgotten", STEPS, "request.due_s, arrival)", "0.0, arrival)"),
+    Mutation(
+        "the last deadline first", STEPS, "request.due_s, arrival)", "-request.due_s, arrival)"
     ),
     Mutation(
         "aborted request stays listed",

@@ -217,6 +217,42 @@ def _final(event: Event) -> Any:
     return response["status"], output, usage
 
 
+@pytest.mark.parametrize("after", ["a", None])
+@pytest.mark.parametrize("wakes", [False, True])
+async def test_an_heir_keeps_the_branch(store: Store, after: str | None, wakes: bool) -> None:
+    """The items land once, after what the turn saw, though the head has moved meanwhile."""
+    dying = await Replica(store, allowed=5).start()
+    alive = await Replica(store).start()
+    old: list[dict[str, Any]] = [{"id": name, "type": "reasoning"} for name in "abc"]
+    chat = (await dying.sessions.conversations.create("", {}, old)).conversation_id
+    claimed = dying.sessions.conversations.claim(chat, "", "resp_1", num_new=2, after=after)
+    assert (await claimed).after == after
+    fields: dict[str, Any] = {**SHAPES[-1], "input_items": [{"id": "new", "type": "reasoning"}]}
+    turn = await dying.turns.start(
+        request(turn_id="resp_1", conversation_id=chat, conversation_after=after, **fields)
+    )
+    await until_written(turn, 5)
+    await end(*dying.journals._tasks[1:])
+    await store.redis.delete(dying.journals.replicas.key(dying.journals.replica_id))
+    await alive.sessions.conversations.update(chat, "", head="b")
+    await run_over(alive)
+    events = await asyncio.wait_for(events_of(await alive.journals.follow(turn.id)), 20)
+    check(events)
+    if wakes:
+        dying.hold.set()
+        await turn.ended()
+    answer = cast(Any, events[-1]).response["output"][0]
+    tree = await alive.sessions.conversations.tree(chat, "")
+    assert [(item["id"], item["parent_id"]) for item in tree] == [
+        ("a", None), ("b", "a"), ("c", "b"), ("new", after), (answer["id"], "new"),
+    ]  # fmt: skip
+    assert (await alive.sessions.conversations.get(chat, "")).head == answer["id"]
+    # And the conversation is free again.
+    await alive.sessions.conversations.delete_item(chat, "a", "")
+    for replica in (dying, alive):
+        await replica.close()
+
+
 async def test_a_paused_server_that_wakes_up_gives_way(store: Store) -> None:
     """It was taken for dead and its turn is run elsewhere: nothing of it is stored any more, and
     its own readers go on with what the other one says."""
