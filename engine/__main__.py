@@ -29,9 +29,10 @@ log = logging.getLogger("millrace.engine")
 
 _STEP_FAILED = 70
 """Exit code: a step could not be computed (EX_SOFTWARE of sysexits.h)."""
-_FIRST_TO_GO = "500"
-"""Added to our badness when the system runs out of memory (proc(5), oom_score_adj): an engine can
-be replaced without losing anything, the server cannot."""
+_FIRST_TO_GO, _SECOND_TO_GO = "500", "250"
+"""Added to an engine's and a zygote's badness when the system runs out of memory (proc(5),
+oom_score_adj): an engine can be replaced without losing anything, the server cannot. Ending the
+zygote would free little, for its memory is the engine's, too, and the next engine came late."""
 
 
 def main() -> int:
@@ -39,13 +40,14 @@ def main() -> int:
     # A Ctrl-C in the terminal reaches the whole process group; the server decides when we stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    _tell_system("oom_score_adj", _FIRST_TO_GO)
+    _tell_system("oom_score_adj", _SECOND_TO_GO)
     _tell_system("comm", "millrace-zygote")
     zygote = Zygote(socket.socket(fileno=int(sys.argv[1])))
     zygote.say(Loading("importing torch", 0.0))
     sock = zygote.serve(_import)
     if sock is None:
         return 0
+    _tell_system("oom_score_adj", _FIRST_TO_GO)
     _tell_system("comm", "millrace-engine")
     try:
         return _serve(Link(sock))

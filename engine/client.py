@@ -216,8 +216,6 @@ class EngineClient:
             for request in self._in_flight.due():
                 self._process.send(Submit(request))
 
-    # One process after the other
-
     async def _supervise(self) -> None:
         """Run engine processes one after the other until none can be started any more."""
         try:
@@ -314,8 +312,6 @@ class EngineClient:
         process.kill()
         await asyncio.sleep(REMAINS_S)
         process.hang_up()
-
-    # What the processes say
 
     def _on_birth(self, message: Loading | Prepared) -> None:
         """A zygote comes further; one that replaces another behind a living engine is no matter."""

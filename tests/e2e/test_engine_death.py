@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -154,3 +155,12 @@ def test_what_engines_are_forked_from_has_one_thread(own_server: LiveServer) -> 
     assert zygote is not None
     assert zygote.name() == "millrace-zygote"
     assert zygote.num_threads() == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="needs Linux's /proc")
+def test_the_engine_is_the_first_to_go_when_memory_runs_out(own_server: LiveServer) -> None:
+    engine = engine_of(own_server)
+    assert engine is not None
+    pids = (own_server.pid, engine.ppid(), engine.pid)
+    server, zygote, first = (int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in pids)
+    assert server < zygote < first

@@ -144,7 +144,7 @@ def test_random_worlds_exercise_what_they_are_for() -> None:
 
 
 CACHE, SCHEDULER, BLOCKS = "engine.cache", "engine.scheduler", "engine.blocks"
-STEPS = "engine.steps"
+STEPS, SEATS = "engine.steps", "engine.seats"
 MUTATIONS = [
     Mutation("reference not dropped", BLOCKS, "ref_counts[block] -= 1", "keys"),
     Mutation("reference not counted", BLOCKS, "ref_counts[block] += 1", "keys"),
@@ -195,11 +195,11 @@ MUTATIONS = [
         "num_token_blocks = num_tokens // self.block_size\n        for",
     ),
     Mutation("blocks kept on release", CACHE, "self._pool.free(blocks)", "pass"),
-    Mutation("preempted tokens not recomputed", SCHEDULER, "state.num_computed = 0\n", "pass\n"),
+    Mutation("preempted tokens not recomputed", SEATS, "state.num_computed = 0\n", "pass\n"),
     Mutation("samples before it caught up", SCHEDULER, "num_new, num_new == left", "num_new, True"),
     Mutation(
         "first in order gives way",
-        SCHEDULER,
+        SEATS,
         "last = running.pop()",
         "last = running.pop(0)",
     ),
@@ -230,14 +230,14 @@ MUTATIONS = [
     Mutation("stop tokens ignored", STEPS, "if token_ids[-1] in self.stop_ids and", "if False and"),
     Mutation(
         "prompt logprobs from cache",
-        SCHEDULER,
+        SEATS,
         "use_cache = not head.wants_prompt_logprobs",
         "use_cache = True",
     ),
-    Mutation("prompt logprobs twice", SCHEDULER, "state.prompt_logprobs = []", "pass"),
+    Mutation("prompt logprobs twice", SEATS, "state.prompt_logprobs = []", "pass"),
     Mutation(
         "growth forgets the new token",
-        SCHEDULER,
+        SEATS,
         "state.num_computed + 1):",
         "state.num_computed):",
     ),
@@ -247,7 +247,7 @@ MUTATIONS = [
         "state.move(Phase.FINISHED)\n        self._cache.release(state.holding)",
         "state.move(Phase.FINISHED)",
     ),
-    Mutation("priorities wait", SCHEDULER, "        self._admit_urgent()\n", ""),
+    Mutation("priorities wait", SCHEDULER, "        self._seats.admit_urgent()\n", ""),
     Mutation(
         "arrival order forgotten",
         STEPS,
