@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tomllib
 
+import numpy as np
 import pytest
 import torch
 
 from kernels.gpu import tuning
 from kernels.gpu.tuning import Config, capability_of, config, rules_of, trying
+from kernels.gpu.tuning import __main__ as measuring
 from kernels.gpu.tuning.__main__ import CASES, main, render
 from kernels.interface import KernelError
 
@@ -73,3 +75,15 @@ def test_without_a_gpu_there_is_nothing_to_measure(capsys: pytest.CaptureFixture
         with pytest.raises(SystemExit):
             main(arguments)
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_what_is_measured_runs(
+    op: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_ROWS", 2)
+    case = CASES[op]
+    call = case.make(64, device)
+    for candidate in list(case.candidates("a device"))[:2]:
+        with trying(op, candidate), np.errstate(all="ignore"):
+            call()
