@@ -7,7 +7,14 @@ compute lives in a process of its own, which ``EngineClient`` starts and speaks 
 from __future__ import annotations
 
 from engine.client import EngineClient, EngineState, RequestStream
-from engine.config import DEFAULT_MODEL, Device, Dtype, EngineConfig, parse_bytes
+from engine.config import (
+    DEFAULT_MODEL,
+    Device,
+    Dtype,
+    EngineConfig,
+    Quantization,
+    parse_bytes,
+)
 from engine.errors import (
     CheckpointError,
     ConfigError,
@@ -51,6 +58,7 @@ __all__ = [
     "FinishReason",
     "ModelInfo",
     "PromptTooLong",
+    "Quantization",
     "Recoveries",
     "Request",
     "RequestError",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from engine.errors import CheckpointError
-from engine.model_config import read_json
+from engine.json_file import read_json
 from engine.tensor_file import TensorFile
 
 __all__ = ["Adapter", "norm_fingerprint"]

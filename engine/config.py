@@ -8,7 +8,7 @@ import msgspec
 
 from engine.errors import ConfigError
 
-__all__ = ["DEFAULT_MODEL", "Device", "Dtype", "EngineConfig", "parse_bytes"]
+__all__ = ["DEFAULT_MODEL", "Device", "Dtype", "EngineConfig", "Quantization", "parse_bytes"]
 
 DEFAULT_MODEL = "pebble"
 """Name of the bundled model, which lies in ``engine/assets``."""
@@ -21,6 +21,18 @@ class Dtype(Enum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
     FLOAT32 = "float32"
+
+
+class Quantization(Enum):
+    """What the weight matrices become at loading; ``none`` leaves them as the checkpoint has them.
+
+    The embedding and the head stay as they are.
+    """
+
+    NONE = "none"
+    FP8 = "fp8"
+    INT8 = "int8"
+    INT4 = "int4"
 
 
 class Device(Enum):
@@ -42,6 +54,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     served_name: str | None = None
     """Name under which the API shows the model; default: the last part of ``model``."""
     dtype: Dtype = Dtype.AUTO
+    quantization: Quantization = Quantization.NONE
     device: Device = Device.AUTO
     max_model_len: int | None = None
     """Most tokens of prompt and answer together; None: what the checkpoint states."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.model_config import read_json
+from engine.json_file import read_json
 from engine.types import SamplingDefaults
 
 __all__ = ["read_sampling_defaults"]

@@ -1,8 +1,9 @@
 """Checkpoint directory -> weights in their stored type, one tensor at a time.
 
-Single or sharded safetensors, never pickle. Each tensor is read straight into its place, merged
-with its neighbours where the model multiplies by them together, and converted a piece at a time, so
-that memory peaks near the model's own size.
+Single or sharded safetensors, never pickle. A quantised matrix comes as one where it is asked for
+as a linear layer's, and as the numbers it stands for where it is asked for as any other tensor.
+Each tensor is read straight into its place, merged with its neighbours where the model multiplies
+by them together, and converted a piece at a time, so that memory peaks near the model's own size.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ import torch
 
 from engine.adapter import Adapter
 from engine.errors import CheckpointError
-from engine.model_config import read_json
+from engine.json_file import read_json
+from engine.quantisation import fits, quantise
+from engine.quantised_tensors import join_rows, read_quantised, scales_name
+from engine.quantization_config import StoredQuantization
 from engine.tensor_file import TensorFile
+from kernels import QuantisedWeight, Scheme, dequantise
 
-__all__ = ["WeightSource"]
+__all__ = ["WeightSource", "open_checkpoint"]
 
 _EXPONENTS = {
     torch.bfloat16: (torch.int16, 0x7F80),
@@ -25,6 +30,7 @@ _EXPONENTS = {
     torch.float32: (torch.int32, 0x7F800000),
 }
 """Integer type of the same size, and the bits of the exponent (IEEE 754)."""
+_HEAD = "lm_head.weight"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
@@ -38,6 +44,8 @@ class WeightSource:
         device: where they are put.
         on_progress: called with the fraction of bytes taken, 0 to 1.
         adapter: added to the weights as they are taken.
+        stored: how the checkpoint's matrices are quantised, if they are.
+        wanted: what linear layers' matrices are quantised to as they are taken, but the head's.
 
     Raises CheckpointError when a file is missing, damaged, truncated, or not where the index says.
     """
@@ -49,10 +57,14 @@ class WeightSource:
         device: torch.device | str = "cpu",
         on_progress: Callable[[float], None] | None = None,
         adapter: Adapter | None = None,
+        stored: StoredQuantization | None = None,
+        wanted: Scheme | None = None,
     ) -> None:
         self._directory = directory
         self._adapter = adapter
-        self._files = _open(directory)
+        self._stored = stored
+        self._wanted = wanted
+        self._files = open_checkpoint(directory)
         self._dtype = dtype
         self._device = torch.device(device)
         self._on_progress = on_progress or (lambda fraction: None)
@@ -83,26 +95,53 @@ class WeightSource:
 
         Raises CheckpointError as ``take`` does.
         """
-        files = [self._find(name, shape) for name, shape in zip(names, shapes, strict=True)]
         if self._dtype is None:
-            self._dtype = files[0].dtype(names[0])
+            quantised = self._is_quantised(names[0])
+            file = None if quantised else self._find(names[0], shapes[0])
+            self._dtype = torch.bfloat16 if file is None else file.dtype(names[0])
         num_rows = sum(shape[0] for shape in shapes)
         merged = torch.empty((num_rows, *shapes[0][1:]), dtype=self._dtype, device=self._device)
         row = 0
-        for name, shape, file in zip(names, shapes, files, strict=True):
+        for name, shape in zip(names, shapes, strict=True):
             part = merged[row : row + shape[0]]
-            self._copy(name, file, part)
+            if quantised := self._is_quantised(name):
+                part.copy_(dequantise(self._take_quantised(name, shape), part.dtype))
+            else:
+                self._copy(name, self._find(name, shape), part)
             if self._adapter is not None:
-                exact = file.dtype(name) is part.dtype
+                exact = not quantised and self._files[name].dtype(name) is part.dtype
                 self._adapter.add_to(name, part, exact=exact)
             row += shape[0]
-            self._done(name, file)
+            if not quantised:
+                self._done(name)
         return merged
+
+    def take_linear(
+        self, names: Sequence[str], outs: Sequence[int], in_features: int
+    ) -> torch.Tensor | QuantisedWeight:
+        """The matrix ``[sum(outs), in_features]`` of a linear layer, its rows from these tensors.
+
+        Quantised if all of them are and none gets an adapter's part, or if it was asked for. An
+        adapter's part is added before the matrix is quantised.
+
+        Raises CheckpointError as ``take`` does.
+        """
+        shapes = [(out, in_features) for out in outs]
+        if self._adapter is None and all(self._is_quantised(name) for name in names):
+            parts = [self._take_quantised(*one) for one in zip(names, shapes, strict=True)]
+            joined = join_rows(parts)
+            if joined is not None:
+                return joined
+        weight = self.take_rows(names, shapes)
+        scheme = self._wanted
+        if scheme is None or _HEAD in names or not fits(scheme, in_features):
+            return weight
+        return quantise(weight, scheme)
 
     def skip(self, name: str) -> None:
         """Leave a tensor out on purpose, if it is there."""
         if name in self._files:
-            self._done(name, self._files[name])
+            self._done(name)
 
     def finish(self) -> None:
         """Forget the files. Raises CheckpointError if tensors were left over."""
@@ -145,10 +184,22 @@ class WeightSource:
                 flat[start : start + len(piece)].copy_(converted)
             start += len(piece)
 
-    def _done(self, name: str, file: TensorFile) -> None:
+    def _is_quantised(self, name: str) -> bool:
+        return self._stored is not None and scales_name(name, self._stored) in self._files
+
+    def _take_quantised(self, name: str, shape: Sequence[int]) -> QuantisedWeight:
+        assert self._stored is not None
+        rows, width = shape
+        weight, parts = read_quantised(self._files, name, (rows, width), self._stored)
+        for part in parts:
+            self._done(part)
+        data, scales = weight.data.to(self._device), weight.scales.to(self._device)
+        return QuantisedWeight(data, scales, weight.scheme, weight.group_size)
+
+    def _done(self, name: str) -> None:
         if name not in self._taken:
             self._taken.add(name)
-            self._taken_bytes += file.nbytes(name)
+            self._taken_bytes += self._files[name].nbytes(name)
             self._on_progress(self._taken_bytes / max(1, self._total_bytes))
 
 
@@ -159,8 +210,11 @@ def _is_finite(piece: torch.Tensor) -> bool:
     return not len(bits) or int((bits & bits.dtype.type(exponent)).max()) != exponent
 
 
-def _open(directory: Path) -> dict[str, TensorFile]:
-    """The file of every tensor."""
+def open_checkpoint(directory: Path) -> dict[str, TensorFile]:
+    """The file of every tensor.
+
+    Raises CheckpointError when a file is missing, damaged, or not where the index says.
+    """
     if (directory / _SINGLE).exists():
         file = TensorFile(directory / _SINGLE)
         return dict.fromkeys(file.names, file)

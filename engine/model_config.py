@@ -7,17 +7,16 @@ is not supported raises ``CheckpointError`` naming file, field and value.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from engine.config import Dtype
-from engine.errors import CheckpointError
+from engine.json_file import Fields, read_json
+from engine.quantization_config import StoredQuantization, read_quantization
 
-__all__ = ["ModelConfig", "Rope", "Yarn", "read_json", "read_model_config"]
+__all__ = ["ModelConfig", "Rope", "Yarn", "read_model_config"]
 
 _DTYPES = {
     "bfloat16": Dtype.BFLOAT16,
@@ -26,7 +25,6 @@ _DTYPES = {
     "float32": Dtype.FLOAT32,
     "float": Dtype.FLOAT32,
 }
-_MAX_JSON_BYTES = 64 * 2**20
 
 
 class Yarn(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +74,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """From ``generation_config.json`` and ``config.json``, without repeats."""
     dtype: Dtype | None
     """The stored type the file names, if it does; never ``AUTO``."""
+    quantization: StoredQuantization | None
+    """How the weight matrices are stored, where in fewer bits than that."""
 
     @property
     def max_context(self) -> int:
@@ -86,92 +86,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return max(self.max_position_embeddings, int(extended))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file of a checkpoint.
-
-    Raises CheckpointError when the file is missing, unreadable, too large or not a JSON object.
-    """
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes; at most {_MAX_JSON_BYTES} are expected"
-            )
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; a checkpoint needs it") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} holds a {type(document).__name__}; it must be an object")
-    return document
-
-
-class _Fields:
-    """Typed access to the fields of one JSON object; every complaint names file and field."""
-
-    def __init__(self, path: Path, document: dict[str, Any], prefix: str = "") -> None:
-        self.path = path
-        self.document = document
-        self.prefix = prefix
-
-    def wrong(self, name: str, right: str) -> CheckpointError:
-        """The error for this field."""
-        where = f"{self.path}: {self.prefix}{name}"
-        if name not in self.document:
-            return CheckpointError(f"{where} is missing; it {right}")
-        return CheckpointError(f"{where} is {self.document[name]!r}; it {right}")
-
-    def get(self, name: str) -> Any:
-        """The value; None if it is absent or null."""
-        return self.document.get(name)
-
-    def size(self, name: str) -> int:
-        """A positive integer that must be there."""
-        value = self.get(name)
-        if type(value) is not int or value < 1:
-            raise self.wrong(name, "must be a positive integer")
-        return value
-
-    def number(self, name: str, default: float, least: float) -> float:
-        """A finite number of at least ``least`` (more than it where ``least`` is 0)."""
-        value = self.get(name)
-        if value is None:
-            return default
-        valid = isinstance(value, int | float) and not isinstance(value, bool)
-        if not valid or not math.isfinite(value) or value < least or value == 0:
-            raise self.wrong(
-                name,
-                f"must be a number of at least {least}" if least else "must be a number above 0",
-            )
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        """A boolean."""
-        value = self.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.wrong(name, "must be true or false")
-        return value
-
-    def object(self, name: str) -> _Fields | None:
-        """A nested object; None if it is absent or null."""
-        value = self.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise self.wrong(name, "must be an object")
-        return _Fields(self.path, value, f"{self.prefix}{name}.")
-
-
 def read_model_config(directory: Path) -> ModelConfig:
     """Read ``config.json`` and, for the end tokens, ``generation_config.json``.
 
     Raises CheckpointError as the module says.
     """
-    fields = _Fields(directory / "config.json", read_json(directory / "config.json"))
+    fields = Fields(directory / "config.json", read_json(directory / "config.json"))
     architectures = fields.get("architectures")
     if (
         not isinstance(architectures, list)
@@ -195,6 +115,7 @@ def read_model_config(directory: Path) -> ModelConfig:
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         eos_token_ids=_read_eos(directory, fields),
         dtype=_read_dtype(fields),
+        quantization=read_quantization(fields),
     )
     if config.num_heads % config.num_kv_heads:
         raise fields.wrong(
@@ -205,7 +126,7 @@ def read_model_config(directory: Path) -> ModelConfig:
     return config
 
 
-def _refuse_unsupported(fields: _Fields) -> None:
+def _refuse_unsupported(fields: Fields) -> None:
     if fields.flag("attention_bias", False):
         raise fields.wrong("attention_bias", "must be false: attention biases are not supported")
     if fields.flag("use_sliding_window", False):
@@ -217,18 +138,13 @@ def _refuse_unsupported(fields: _Fields) -> None:
         raise fields.wrong("layer_types", "must name full_attention for every layer")
     if fields.get("hidden_act") not in (None, "silu", "swish"):
         raise fields.wrong("hidden_act", "must be silu")
-    if fields.get("quantization_config") is not None:
-        raise CheckpointError(
-            f"{fields.path}: quantization_config is present; only bfloat16, float16 and float32 "
-            "weights are supported"
-        )
 
 
-def _read_rope(fields: _Fields) -> Rope:
+def _read_rope(fields: Fields) -> Rope:
     rope = fields.object("rope_parameters")
     if rope is None:
         theta = fields.number("rope_theta", 10000.0, 1.0)
-        rope = fields.object("rope_scaling") or _Fields(fields.path, {})
+        rope = fields.object("rope_scaling") or Fields(fields.path, {})
     else:
         theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0, 1.0), 1.0)
     key = "type" if "rope_type" not in rope.document and "type" in rope.document else "rope_type"
@@ -240,7 +156,7 @@ def _read_rope(fields: _Fields) -> Rope:
     return Rope(theta=theta, yarn=_read_yarn(rope, fields) if kind == "yarn" else None)
 
 
-def _read_yarn(rope: _Fields, fields: _Fields) -> Yarn:
+def _read_yarn(rope: Fields, fields: Fields) -> Yarn:
     max_positions = fields.size("max_position_embeddings")
     if rope.get("original_max_position_embeddings") is None:
         original = max_positions
@@ -271,11 +187,11 @@ def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _read_eos(directory: Path, fields: _Fields) -> tuple[int, ...]:
+def _read_eos(directory: Path, fields: Fields) -> tuple[int, ...]:
     sources = [fields]
     generation = directory / "generation_config.json"
     if generation.exists():
-        sources.insert(0, _Fields(generation, read_json(generation)))
+        sources.insert(0, Fields(generation, read_json(generation)))
     found: list[int] = []
     vocab_size = fields.size("vocab_size")
     for source in sources:
@@ -289,7 +205,7 @@ def _read_eos(directory: Path, fields: _Fields) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _read_dtype(fields: _Fields) -> Dtype | None:
+def _read_dtype(fields: Fields) -> Dtype | None:
     name = "dtype" if fields.get("dtype") is not None else "torch_dtype"
     value = fields.get(name)
     if value is None:

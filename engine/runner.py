@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from engine.adapter import Adapter
 from engine.batch import BatchBuilder
 from engine.cache import CacheManager, FullAttentionGroup
 from engine.cgroups import cpu_limit
-from engine.config import Device, Dtype, EngineConfig
+from engine.config import Device, Dtype, EngineConfig, Quantization
 from engine.errors import ConfigError
 from engine.generation_config import read_sampling_defaults
 from engine.hub import resolve_model
@@ -21,6 +22,7 @@ from engine.memory import available_bytes, num_kv_blocks, zeroed_memory
 from engine.model_config import ModelConfig, read_model_config
 from engine.models import KVCache, Model, Workspace, family_of, kv_block_bytes
 from engine.pulse import Pulse
+from engine.quantisation import SCHEMES
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.steps import Plan, StepOutput
@@ -28,6 +30,8 @@ from engine.types import ModelInfo, Request, SamplingParams
 from kernels import BackendUnavailable, Ops, select
 
 __all__ = ["Runner"]
+
+log = logging.getLogger("millrace.engine")
 
 _TORCH_DTYPES = {
     Dtype.BFLOAT16: torch.bfloat16,
@@ -61,6 +65,11 @@ class Runner:
         defaults = read_sampling_defaults(directory)
         family = family_of(model_config.architecture)
         max_model_len = _max_model_len(config.max_model_len, model_config)
+        if model_config.quantization is not None and config.quantization is not Quantization.NONE:
+            raise ConfigError(
+                f"quantization is {config.quantization.value}, but the weights of {directory} are "
+                f"quantised already ({model_config.quantization.layout.value}); leave it at none"
+            )
         self._device, ops = _select_device(config.device)
         self.batch_invariant = ops.batch_invariant
         if self._device.type == "cpu":
@@ -73,7 +82,15 @@ class Runner:
             self._device,
             lambda fraction: on_progress("loading weights", fraction),
             None if config.adapter is None else Adapter(Path(config.adapter)),
+            model_config.quantization,
+            SCHEMES.get(config.quantization),
         )
+        quantised = model_config.quantization or config.quantization is not Quantization.NONE
+        if quantised and self._device.type == "cpu":
+            log.warning(
+                "the CPU kernels multiply quantised weights as bfloat16, and hold them so: they "
+                "take as much memory and time as bfloat16 weights"
+            )
         with torch.inference_mode():
             self._model: Model = family(model_config, ops, source, max_model_len=max_model_len)
             # 16-bit activations would cost a CPU conversions and gain it nothing.

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,13 @@ from engine.errors import CheckpointError
 __all__ = ["TensorFile"]
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_RAW_DTYPES = {
+    **_DTYPES,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2,
     "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
@@ -96,6 +103,27 @@ class TensorFile:
                 f"supported are {', '.join(sorted(_DTYPES))}"
             )
         return _DTYPES[stored]
+
+    def whole(self, name: str, stored: Sequence[str]) -> torch.Tensor:
+        """A tensor as it is stored, in memory of its own.
+
+        Args:
+            name: of the tensor.
+            stored: the types that are right, as the format names them: BF16, F16, F32, F8_E4M3, I8,
+                I32 or I64.
+
+        Raises CheckpointError when it has another one, or the file cannot be read any more.
+        """
+        entry = self._entries[name]
+        if entry.dtype not in stored:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} is stored as {entry.dtype}; "
+                f"it must be {' or '.join(stored)}"
+            )
+        tensor = torch.empty(entry.shape, dtype=_RAW_DTYPES[entry.dtype])
+        if tensor.numel():
+            self._read(tensor.view(-1), entry.begin)
+        return tensor
 
     def chunks(self, name: str, into: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
         """The tensor's elements in order, a piece at a time, one-dimensional, in its stored type.

@@ -13,8 +13,18 @@ import os
 import torch
 
 from kernels.interface import BackendUnavailable, KernelError, Ops, PackedLinear
+from kernels.quantised import QuantisedWeight, Scheme, dequantise
 
-__all__ = ["BackendUnavailable", "KernelError", "Ops", "PackedLinear", "select"]
+__all__ = [
+    "BackendUnavailable",
+    "KernelError",
+    "Ops",
+    "PackedLinear",
+    "QuantisedWeight",
+    "Scheme",
+    "dequantise",
+    "select",
+]
 
 
 def select(device: torch.device | str) -> Ops:

@@ -25,9 +25,12 @@ is ``>= S`` are ignored; padded sampling rows may hold any logits, NaN included.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from kernels.quantised import QuantisedWeight
 
 __all__ = ["BackendUnavailable", "KernelError", "Ops", "PackedLinear"]
 
@@ -206,13 +209,21 @@ class Ops(Protocol):
     def pack_linear(self, weight: torch.Tensor) -> PackedLinear:
         """Copy ``weight [O, H]`` W into the backend's own layout; ``weight`` may be freed after."""
 
+    def pack_quantised(self, weight: QuantisedWeight) -> PackedLinear:
+        """The same for a weight of 8 or 4 bits; ``linear`` takes it as any other.
+
+        What it is multiplied by, and as what, is the backend's: one that has no products of such
+        numbers keeps them as bfloat16, with the memory of that; one that has may round ``x`` to
+        float8_e4m3fn, with one scale for each row or group of it, where the scheme is FP8.
+        """
+
     def linear(self, out: torch.Tensor, x: torch.Tensor, packed: PackedLinear) -> None:
         """``out = x @ weight.T``.
 
         Args:
             out: ``[T, O]`` act or float32.
             x: ``[T, H]`` act.
-            packed: from this backend's ``pack_linear``.
+            packed: from this backend's ``pack_linear`` or ``pack_quantised``.
 
         Cost: ``2*T*H*O`` operations; reads ``O*H*sizeof(W)`` bytes at least.
         """

@@ -13,8 +13,9 @@ import torch
 from kernels import checks
 from kernels.interface import KernelError, PackedLinear
 from kernels.noise import uniforms
+from kernels.quantised import QuantisedWeight, check_quantised, dequantise
 
-__all__ = ["ReferenceLinear", "ReferenceOps", "check_ragged", "normalise"]
+__all__ = ["ReferenceLinear", "ReferenceOps", "check_ragged", "keep_mask", "normalise"]
 
 _F64 = torch.float64
 
@@ -61,7 +62,7 @@ def _rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def _keep_mask(
+def keep_mask(
     z: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> torch.Tensor:
     """Which tokens top-k, top-p and min-p leave, bool ``[S, V]``, for ``z <= 0`` (0 is the max)."""
@@ -189,6 +190,11 @@ class ReferenceOps:
         checks.check_weight(weight)
         return ReferenceLinear(weight.detach().clone())
 
+    def pack_quantised(self, weight: QuantisedWeight) -> PackedLinear:
+        """See ``Ops.pack_quantised``."""
+        check_quantised(weight)
+        return ReferenceLinear(dequantise(weight, _F64))
+
     def linear(self, out: torch.Tensor, x: torch.Tensor, packed: PackedLinear) -> None:
         """See ``Ops.linear``."""
         if not isinstance(packed, ReferenceLinear):
@@ -270,7 +276,7 @@ class ReferenceOps:
         warmth = torch.where(temperature == 0, 1.0, temperature).to(_F64)
         z = torch.where(scores == best, 0.0, (scores - best) / warmth[:, None])
         z = z.masked_fill(z.isnan(), float("-inf"))
-        keep = _keep_mask(z, top_k, top_p.to(_F64), min_p.to(_F64))
+        keep = keep_mask(z, top_k, top_p.to(_F64), min_p.to(_F64))
         noise = -torch.log(-torch.log1p(-uniforms(seeds, positions, logits.shape[1])))
         keys = torch.where(keep, z + noise, float("-inf"))
         drawn = (keys == keys.max(dim=1, keepdim=True).values).int().argmax(dim=1)

@@ -47,6 +47,15 @@ class MethodName(StrEnum):
     LORA = "lora"
 
 
+class QuantizationName(StrEnum):
+    """Names of engine.Quantization."""
+
+    NONE = "none"
+    FP8 = "fp8"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 class DeviceName(StrEnum):
     """Names of engine.Device."""
 
@@ -92,6 +101,9 @@ def serve(
         int, _option("--port", "Port to listen on; 0 takes a free one.", min=0, max=65535)
     ] = 8000,
     dtype: Annotated[DtypeName, _option("--dtype", "Type of the weights.")] = DtypeName.AUTO,
+    quantization: Annotated[
+        QuantizationName, _option("--quantization", "Make the weights smaller at loading.")
+    ] = QuantizationName.NONE,
     device: Annotated[DeviceName, _option("--device", "Where it runs.")] = DeviceName.AUTO,
     max_model_len: Annotated[
         int | None, _option("--max-model-len", "Most tokens of prompt and answer together.")
@@ -156,7 +168,7 @@ def serve(
     logging.basicConfig(
         level=log_level.value.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s"
     )
-    from engine import Device, Dtype, EngineConfig, parse_bytes
+    from engine import Device, Dtype, EngineConfig, Quantization, parse_bytes
     from server.cli.serve import StartError
     from server.cli.serve import serve as run
     from server.metering.ledger import Prices
@@ -167,6 +179,7 @@ def serve(
             model=model,
             served_name=served_model_name,
             dtype=Dtype(dtype.value),
+            quantization=Quantization(quantization.value),
             device=Device(device.value),
             max_model_len=max_model_len,
             kv_memory_bytes=None if kv_memory is None else parse_bytes(kv_memory),
@@ -294,6 +307,63 @@ def tune(
         )
         status = run(settings)
     except (TuneError, ValueError) as error:
+        _fail(str(error))
+    raise typer.Exit(status)
+
+
+@app.command()
+def quantize(
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint directory, name on the Hugging Face hub, or pebble.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    scheme: Annotated[
+        QuantizationName, typer.Option(help="What the weight matrices become.")
+    ] = QuantizationName.FP8,
+    keep: Annotated[
+        str, typer.Option(help="Modules left as they are, such as lm_head,model.layers.0.*")
+    ] = "lm_head",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Most that the perplexity may rise, such as 1%; keeps what costs most."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON Lines to measure perplexity on, as for tune.",
+            show_default="20 fixed prompts",
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of it that are used.")] = 16384,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Measure perplexity before and after.")
+    ] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
+    num_threads: Annotated[
+        int | None, typer.Option(help="Compute threads.", show_default="one for each core")
+    ] = None,
+) -> None:
+    """Make a model's weights smaller, and say what that costs."""
+    from engine import Quantization
+    from engine.train.quantising.plan import QuantiseSettings
+    from server.cli.quantize import QuantizeError, parse_share
+    from server.cli.quantize import quantize as run
+
+    try:
+        settings = QuantiseSettings(
+            out=out,
+            model=model,
+            scheme=Quantization(scheme.value),
+            keep=tuple(part.strip() for part in keep.split(",") if part.strip()),
+            budget=None if budget is None else parse_share(budget),
+            data=data,
+            max_tokens=max_tokens,
+            measure=measure,
+            overwrite=overwrite,
+            num_threads=num_threads,
+        )
+        status = run(settings)
+    except (QuantizeError, ValueError) as error:
         _fail(str(error))
     raise typer.Exit(status)
 

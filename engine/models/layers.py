@@ -15,7 +15,7 @@ import torch
 from engine.batch import Batch
 from engine.loader import WeightSource
 from engine.model_config import ModelConfig, Rope, Yarn
-from kernels import Ops
+from kernels import Ops, QuantisedWeight
 
 __all__ = [
     "KVCache",
@@ -46,9 +46,12 @@ class Model(Protocol):
 class Linear:
     """``out = x @ weight.T`` with a weight in the backend's own layout."""
 
-    def __init__(self, ops: Ops, weight: torch.Tensor) -> None:
+    def __init__(self, ops: Ops, weight: torch.Tensor | QuantisedWeight) -> None:
         self._ops = ops
-        self._packed = ops.pack_linear(weight)
+        if isinstance(weight, QuantisedWeight):
+            self._packed = ops.pack_quantised(weight)
+        else:
+            self._packed = ops.pack_linear(weight)
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Write ``x [T, in] @ weight.T`` to ``out [T, out]`` and return it."""
@@ -60,7 +63,7 @@ def load_linear(
     ops: Ops, source: WeightSource, names: Sequence[str], outs: Sequence[int], in_features: int
 ) -> Linear:
     """One linear layer from weights that are multiplied by the same input, stacked in order."""
-    return Linear(ops, source.take_rows(names, [(out, in_features) for out in outs]))
+    return Linear(ops, source.take_linear(names, outs, in_features))
 
 
 def rope_table(rope: Rope, head_dim: int, length: int) -> torch.Tensor:

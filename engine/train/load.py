@@ -34,6 +34,11 @@ def load_model(
             f"{directory / 'config.json'} is of a {stated.architecture}; only dense Qwen3 models "
             "(Qwen3ForCausalLM) can be trained"
         )
+    if stated.quantization is not None:
+        raise CheckpointError(
+            f"the weights of {directory} are quantised ({stated.quantization.layout.value}); "
+            "train the model they were made from"
+        )
     source = WeightSource(directory, torch.float32, device)
     with torch.device("meta"):  # no memory and no random numbers for what is read anyway
         model = Qwen3(_training_config(stated), compute_dtype)

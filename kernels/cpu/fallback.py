@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from kernels import checks
 from kernels.interface import KernelError, PackedLinear
+from kernels.quantised import QuantisedWeight, check_quantised, dequantise
 from kernels.reference import ReferenceOps, check_ragged
 
 __all__ = ["TorchLinear", "TorchOps"]
@@ -157,6 +158,11 @@ class TorchOps(ReferenceOps):
         """See ``Ops.pack_linear``."""
         checks.check_weight(weight)
         return TorchLinear(weight.detach().to(_F32, copy=True))
+
+    def pack_quantised(self, weight: QuantisedWeight) -> PackedLinear:
+        """See ``Ops.pack_quantised``: rounded to bfloat16 like the C++ ops'."""
+        check_quantised(weight)
+        return self.pack_linear(dequantise(weight, torch.bfloat16))
 
     def linear(self, out: torch.Tensor, x: torch.Tensor, packed: PackedLinear) -> None:
         """See ``Ops.linear``."""

@@ -25,6 +25,7 @@ from kernels import checks
 from kernels.cpu.binding import NativeLibrary
 from kernels.cpu.ordinary import DTYPE_CODES, ordinary_attention, ordinary_qkv
 from kernels.interface import KernelError, PackedLinear
+from kernels.quantised import QuantisedWeight, check_quantised, dequantise
 
 __all__ = ["NativeLinear", "NativeOps"]
 
@@ -250,6 +251,11 @@ class NativeOps(NativeLibrary):
         panels = torch.empty(-(-features // _PANEL), depth, _PANEL, dtype=weight.dtype)
         self._pack_linear(code, weight.data_ptr(), features, width, panels.data_ptr())
         return NativeLinear(panels, features, width, code, panels.data_ptr())
+
+    def pack_quantised(self, weight: QuantisedWeight) -> PackedLinear:
+        """See ``Ops.pack_quantised``."""
+        check_quantised(weight)
+        return self.pack_linear(dequantise(weight, torch.bfloat16))
 
     def linear(self, out: torch.Tensor, x: torch.Tensor, packed: PackedLinear) -> None:
         """See ``Ops.linear``."""

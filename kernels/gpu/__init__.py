@@ -17,7 +17,8 @@ from functools import cache
 import torch
 
 from kernels import checks, fp8
-from kernels.interface import BackendUnavailable, PackedLinear
+from kernels.interface import BackendUnavailable, KernelError, PackedLinear
+from kernels.quantised import QuantisedWeight, check_quantised
 
 try:
     import triton
@@ -26,16 +27,18 @@ except ImportError as error:
         "GPU kernels need triton, which is not installed: pip install 'millrace[gpu]'"
     ) from error
 
+if triton.knobs.runtime.interpret:
+    from kernels.gpu.interpreted import let_ranges_end_at_tensors, patch_once_a_launch
+
+    let_ranges_end_at_tensors()
+    patch_once_a_launch()
+
 from kernels.gpu import logits as logit_ops
 from kernels.gpu import rotary, rows, sampling
 from kernels.gpu import swiglu as gated
 from kernels.gpu.attention import attend_paged, plan_step
+from kernels.gpu.packed import DenseLinear, QuantisedLinear, pack_dense, pack_quantised, run_linear
 from kernels.gpu.workspace import Workspace
-
-if triton.knobs.runtime.interpret:
-    from kernels.gpu.interpreted import let_ranges_end_at_tensors
-
-    let_ranges_end_at_tensors()
 
 __all__ = ["GpuOps", "load"]
 
@@ -212,12 +215,19 @@ class GpuOps:
     def pack_linear(self, weight: torch.Tensor) -> PackedLinear:
         """See ``Ops.pack_linear``."""
         checks.check_weight(weight)
-        raise BackendUnavailable("linear is not written for GPUs yet")
+        return pack_dense(weight)
+
+    def pack_quantised(self, weight: QuantisedWeight) -> PackedLinear:
+        """See ``Ops.pack_quantised``."""
+        check_quantised(weight)
+        return pack_quantised(weight)
 
     def linear(self, out: torch.Tensor, x: torch.Tensor, packed: PackedLinear) -> None:
         """See ``Ops.linear``."""
+        if not isinstance(packed, DenseLinear | QuantisedLinear):
+            raise KernelError(f"linear: packed is a {type(packed).__name__} of another backend")
         checks.check_linear(out, x, packed)
-        raise BackendUnavailable("linear is not written for GPUs yet")
+        run_linear(out, x, packed, batch_invariant=self.batch_invariant)
 
     def apply_penalties(
         self,

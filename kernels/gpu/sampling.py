@@ -26,13 +26,16 @@ Floor: reads ``S*V*4`` bytes for ``_largest`` and ``_draw`` each, and once more 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.rounding import INTERPRETED
 from kernels.gpu.tuning import capability_of, config
 
-__all__ = ["sample", "token_hashes"]
+__all__ = ["sample", "token_hashes", "truncate"]
 
 
 @triton.jit
@@ -156,7 +159,7 @@ def _crossing(
 def _narrow(
     lows_ptr, parts_ptr, limits_ptr, largest_ptr, logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr,
     vocab, launch, FIRST: tl.constexpr, COUNTS: tl.constexpr, BITS: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    GROUP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
@@ -186,11 +189,11 @@ def _narrow(
         weights = tl.where(there, share, 0.0).to(tl.int64)
     size = tl.num_programs(0).to(tl.int64) * chunks
     to = parts_ptr + ((launch % 2) * size + row * chunks + chunk) * (1 << BITS)
-    tl.store(to, tl.sum(weights, axis=0))
     step = tl.full([], 1, tl.int64) << (32 - BITS - BITS * launch)
-    for border in tl.range(1, 1 << BITS):
-        below = bits < low + border * step
-        tl.store(to + border, tl.sum(tl.where(below, weights, 0), axis=0))
+    for begin in tl.static_range(0, 1 << BITS, GROUP):
+        border = begin + tl.arange(0, GROUP)
+        below = (bits[None, :] < (low + border * step)[:, None]) | (border == 0)[:, None]
+        tl.store(to + border, tl.sum(tl.where(below, weights[None, :], 0), axis=1))
 
 
 @triton.jit
@@ -257,6 +260,46 @@ def _pick(
     tl.store(out_ptr + row, picked.to(tl.int64))
 
 
+@dataclass(frozen=True)
+class _Truncated:
+    """What the first steps find out about each row."""
+
+    largest: torch.Tensor  # [S, chunks] float32
+    first: torch.Tensor  # [S, chunks] int32, the lowest id of the largest
+    limits: torch.Tensor  # [S] int64, the largest ``_falling_bits`` that top-k and top-p keep
+
+
+def truncate(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+) -> _Truncated:
+    """Steps 1 and 2; the arguments are those of ``Ops.sample``."""
+    rows, vocab = logits.shape
+    best = config("sample", capability_of(logits.device), V=vocab)
+    bits, chunk = best["BITS"], {"CHUNK": best["CHUNK"], "num_warps": best.num_warps}
+    chunks, launches = triton.cdiv(vocab, best["CHUNK"]), 32 // bits
+    padded = triton.next_power_of_2(chunks)
+    group = 1 << bits if INTERPRETED.value else best["GROUP"]  # borders that are looked at together
+    device, grid = logits.device, (rows, chunks)
+    largest = torch.empty(grid, dtype=torch.float32, device=device)
+    first = torch.empty(grid, dtype=torch.int32, device=device)
+    limits = torch.empty(rows, dtype=torch.int64, device=device)
+    lows = torch.empty((launches, rows), dtype=torch.int64, device=device)
+    # Two of them: while a launch writes one, its programs still read the other.
+    parts = torch.empty((2, rows, chunks, 1 << bits), dtype=torch.int64, device=device)
+    _largest[grid](largest, first, logits, vocab, **chunk)
+    for counts in (True, False):
+        for launch in range(launches):
+            _narrow[grid](
+                lows, parts, limits, largest, logits, temperature, top_k, top_p, vocab, launch,
+                FIRST=launch == 0, COUNTS=counts, BITS=bits, GROUP=group, CHUNKS=padded, **chunk,
+            )  # fmt: skip
+        _settle[(rows,)](
+            limits, lows, parts, temperature, top_k, top_p, vocab, chunks,
+            COUNTS=counts, BITS=bits, CHUNKS=padded,
+        )  # fmt: skip
+    return _Truncated(largest, first, limits)
+
+
 def sample(
     out_ids: torch.Tensor,
     logits: torch.Tensor,
@@ -272,36 +315,18 @@ def sample(
     if not rows:
         return
     best = config("sample", capability_of(logits.device), V=vocab)
-    bits, chunk = best["BITS"], {"CHUNK": best["CHUNK"], "num_warps": best.num_warps}
-    chunks, launches = triton.cdiv(vocab, best["CHUNK"]), 32 // bits
+    chunks = triton.cdiv(vocab, best["CHUNK"])
     padded = triton.next_power_of_2(chunks)
-
-    def scratch(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=logits.device)
-
-    largest, keys = (scratch(rows, chunks, dtype=torch.float32) for _ in range(2))
-    first, drawn = (scratch(rows, chunks, dtype=torch.int32) for _ in range(2))
-    limits = scratch(rows, dtype=torch.int64)
-    lows = scratch(launches, rows, dtype=torch.int64)
-    # Two of them: while a launch writes one, its programs still read the other.
-    parts = scratch(2, rows, chunks, 1 << bits, dtype=torch.int64)
-    grid = (rows, chunks)
-    _largest[grid](largest, first, logits, vocab, **chunk)
-    for counts in (True, False):
-        for launch in range(launches):
-            _narrow[grid](
-                lows, parts, limits, largest, logits, temperature, top_k, top_p, vocab, launch,
-                FIRST=launch == 0, COUNTS=counts, BITS=bits, CHUNKS=padded, **chunk,
-            )  # fmt: skip
-        _settle[(rows,)](
-            limits, lows, parts, temperature, top_k, top_p, vocab, chunks,
-            COUNTS=counts, BITS=bits, CHUNKS=padded,
-        )  # fmt: skip
-    _draw[grid](
-        keys, drawn, largest, limits, logits, temperature, min_p, seeds, positions, vocab,
-        CHUNKS=padded, **chunk,
+    row = truncate(logits, temperature, top_k, top_p)
+    keys = torch.empty_like(row.largest)
+    drawn = torch.empty_like(row.first)
+    _draw[(rows, chunks)](
+        keys, drawn, row.largest, row.limits, logits, temperature, min_p, seeds, positions, vocab,
+        CHUNK=best["CHUNK"], CHUNKS=padded, num_warps=best.num_warps,
     )  # fmt: skip
-    _pick[(rows,)](out_ids, keys, drawn, largest, first, temperature, vocab, chunks, CHUNKS=padded)
+    _pick[(rows,)](
+        out_ids, keys, drawn, row.largest, row.first, temperature, vocab, chunks, CHUNKS=padded
+    )
 
 
 @triton.jit

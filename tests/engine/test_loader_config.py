@@ -111,7 +111,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"use_sliding_window": True}, "use_sliding_window is True"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be silu"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config is present"),
+    (
+        {"quantization_config": {"bits": 4}},
+        "quantization_config.quant_method is missing; it must be",
+    ),
     ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
     ({"torch_dtype": "int8"}, "torch_dtype is 'int8'; it must be bfloat16, float16 or float32"),
     ({"torch_dtype": 16}, "torch_dtype is 16"),

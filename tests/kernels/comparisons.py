@@ -119,6 +119,7 @@ def qk_norm_rope_write(
     """``padded`` more tokens, at the end, write to the scratch block."""
     total, blocks = tokens + padded, 2 + (tokens + padded) // block + 3
     qkv = randn(total, (q_heads + 2 * kv_heads) * head_dim, dtype=act)
+    qkv[::2] *= 1e-3  # small enough for eps to count
     q_weight, k_weight = (randn(head_dim, seed=s, dtype=weight) for s in (1, 2))
     positions = torch.randperm(total + 5, generator=torch.Generator().manual_seed(1))[:total]
     slots = torch.randperm((blocks - 1) * block, generator=torch.Generator().manual_seed(2))

@@ -62,7 +62,7 @@ def load_model(directory: Path, device: torch.device) -> Qwen3:
         rms_norm_eps=config.rms_norm_eps,
     )
     model = Qwen3(sizes, compute_dtype_of(device)).to(device)
-    source = WeightSource(directory, torch.float32, device)
+    source = WeightSource(directory, torch.float32, device, stored=config.quantization)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(source.take(name, parameter.shape))

@@ -15,7 +15,14 @@ from engine.errors import TemplateError
 from engine.tokenizer import Tokenizer
 from engine.train.tuning.examples import DataError, Example, Examples, Problem
 
-__all__ = ["MIN_EXAMPLES", "Dataset", "Document", "Summary", "build_dataset"]
+__all__ = [
+    "MIN_EXAMPLES",
+    "Dataset",
+    "Document",
+    "Summary",
+    "build_dataset",
+    "encode_examples",
+]
 
 MIN_EXAMPLES = 10
 """Fewer teach nothing but themselves, and leave none to measure by."""
@@ -138,6 +145,34 @@ def build_dataset(
         max_len=max_len,
     )
     return Dataset(train, heldout, summary)
+
+
+def encode_examples(examples: Examples, tokenizer: Tokenizer, *, max_tokens: int) -> list[Document]:
+    """The examples' documents in order, until they have so many tokens; the last one is cut.
+
+    Raises `DataError` when a line has a problem or there is nothing to predict.
+    """
+    problems = list(examples.problems)
+    documents: list[Document] = []
+    for example in examples.examples:
+        room = max_tokens - sum(len(one) for one in documents)
+        if room <= 1:
+            break
+        try:
+            encoded = _encode(example, tokenizer, _spelt_control(example, tokenizer))
+        except (TemplateError, ValueError) as error:
+            problems.append(Problem(example.line, str(error)))
+            continue
+        for document in encoded:
+            kept = _cut([document], max_tokens - sum(len(one) for one in documents))
+            documents.extend(kept)
+    if problems:
+        raise DataError(
+            f"{len(problems)} of {examples.num_lines} lines cannot be used", tuple(problems)
+        )
+    if not documents:
+        raise DataError("the examples hold no text to predict")
+    return documents
 
 
 def _cut(documents: list[Document], max_len: int) -> list[Document]:

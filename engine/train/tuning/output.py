@@ -17,15 +17,16 @@ RECORD = "tune.json"
 """Name of the file that says how the directory came about."""
 
 
-def check_free(out: Path, *, overwrite: bool) -> None:
-    """Raises ConfigError where a run must not write."""
+def check_free(out: Path, *, overwrite: bool, record: str = RECORD) -> None:
+    """Raises ConfigError where a run must not write; `record` is in what such a run wrote."""
     if out.is_file():
-        raise ConfigError(f"{out} is a file; --out names a directory")
+        raise ConfigError(f"{out} is a file; the result is a directory")
     if out.exists() and any(out.iterdir()):
         if not overwrite:
-            raise ConfigError(f"{out} is there already; give another --out, or --overwrite")
-        if not (out / RECORD).is_file():
-            raise ConfigError(f"{out} was not made by tuning, so it is not overwritten")
+            raise ConfigError(f"{out} is there already; name another directory, or --overwrite")
+        if not (out / record).is_file():
+            maker = "tuning" if record == RECORD else "quantising"
+            raise ConfigError(f"{out} was not made by {maker}, so it is not overwritten")
 
 
 @contextmanager

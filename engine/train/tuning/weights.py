@@ -12,13 +12,14 @@ from torch import Tensor
 from engine.train.model import Qwen3
 from engine.train.tuning.output import RECORD
 
-__all__ = ["write_checkpoint"]
+__all__ = ["copy_companions", "write_checkpoint"]
 
 _COPIED = (
     "*.json", "tokenizer.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja",
     "LICENSE*", "NOTICE*",
 )  # fmt: skip
 """Configuration, tokenizer and templates; a base's own card and training record would mislead."""
+_RECORDS = (RECORD, "quantize.json")
 
 
 def write_checkpoint(model: Qwen3, base: Path, out: Path) -> None:
@@ -41,9 +42,14 @@ def write_checkpoint(model: Qwen3, base: Path, out: Path) -> None:
                 tensors[name] = stored
         save_file(tensors, out / path.name, metadata={"format": "pt"})
         shutil.copymode(path, out / path.name)  # the writer makes a file for its owner alone
+    copy_companions(base, out)
+
+
+def copy_companions(base: Path, out: Path) -> None:
+    """Copies configuration, tokenizer and templates; no weights, card or record of a run."""
     for pattern in _COPIED:
         for path in base.glob(pattern):
-            if path.name != RECORD:
+            if path.name not in _RECORDS:
                 target = out / path.relative_to(base)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)

@@ -12,6 +12,9 @@ import sys
 import pytest
 import torch
 
+from kernels import Ops
+from tests.kernels.gpu.on_device import on_device
+
 if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -23,3 +26,11 @@ def device() -> torch.device:
         return torch.device("cuda")
     assert os.environ.get("TRITON_INTERPRET") == "1", "triton was imported without its interpreter"
     return torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def ops(device: torch.device) -> Ops:
+    """The GPU ops, for tensors on the CPU as the comparisons with the oracle make them."""
+    from kernels import gpu  # not before the interpreter is chosen
+
+    return on_device(gpu.load(device.type), device)
