@@ -8,6 +8,10 @@ import msgspec
 
 __all__ = ["OnDisconnect", "SamplingOptions", "Shape", "ToolOptions", "TurnRequest"]
 
+UNHURRIED_S = 60.0
+"""A request without a deadline has its turn among its key's as if it had this one, so that hurried
+ones that come and come do not keep it waiting for ever; nothing happens to it when it is over."""
+
 OnDisconnect = Literal["cancel", "finish", "linger"]
 
 
@@ -119,7 +123,14 @@ class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Set where something was claimed in the turn's name before it starts; None: a fresh one."""
     conversation_id: str | None = None
     """The conversation that gets this turn's items; claimed for ``turn_id``."""
+    conversation_after: str | msgspec.UnsetType | None = msgspec.UNSET
+    """The conversation's item that they go after, None: at the root. Set once it is claimed."""
     previous_ids: list[str] = []
     """The responses this one follows on, first to last."""
     input_items: list[dict[str, Any]] = []
     """The turn's new input as Responses items, for storage."""
+
+    def due_s(self, arrived_s: float) -> float:
+        """When its answer is to begin, on the clock on which it arrived at ``arrived_s``."""
+        deadline_s = self.sampling.deadline_s
+        return arrived_s + (UNHURRIED_S if deadline_s is None else deadline_s)

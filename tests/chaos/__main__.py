@@ -14,7 +14,6 @@ from tests.chaos.cluster import Cluster, StoreType
 from tests.chaos.report import show
 from tests.chaos.run import run_scenario
 from tests.chaos.scenarios import SCENARIOS
-from tests.chaos.sentinel import takes_sentinels
 from tests.chaos.tally import Tally, row
 
 
@@ -38,9 +37,6 @@ def main() -> int:
     with _Clusters() as clusters:
         for name in options.scenario or SCENARIOS:
             scenario = SCENARIOS[name]
-            if scenario.store is StoreType.SENTINEL and not takes_sentinels():
-                console.print(f"{name}: not run, --redis-url cannot name Sentinels yet")
-                continue
             began_s = time.monotonic()
             try:
                 tally, found = run_scenario(
