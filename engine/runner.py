@@ -86,7 +86,7 @@ class Runner:
             SCHEMES.get(config.quantization),
         )
         quantised = model_config.quantization or config.quantization is not Quantization.NONE
-        if quantised and self._device.type == "cpu":
+        if quantised and ops.name.startswith("cpu"):
             log.warning(
                 "the CPU kernels multiply quantised weights as bfloat16, and hold them so: they "
                 "take as much memory and time as bfloat16 weights"

@@ -17,9 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.cost import Cost
 from kernels.gpu.tuning import capability_of, config
 
-__all__ = ["linear", "num_programs", "tile_of"]
+__all__ = ["cost", "linear", "num_programs", "tile_of"]
 
 _INTERPRETED_PROGRAMS = 3  # fewer than most tests have tiles, so that programs walk several
 
@@ -77,6 +78,14 @@ def num_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return _INTERPRETED_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def cost(
+    tokens: int, width: int, features: int, act_bytes: int, weight_bytes: int, out_bytes: int
+) -> Cost:
+    """The floor of ``linear``; the last three are the sizes of an element."""
+    moved = features * width * weight_bytes + tokens * (width * act_bytes + features * out_bytes)
+    return Cost(moved, 2 * tokens * width * features)
 
 
 def linear(

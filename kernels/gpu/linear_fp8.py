@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.cost import Cost
 from kernels.gpu.linear import num_programs, tile_of
 from kernels.gpu.tuning import Config, capability_of, config
 
@@ -29,7 +30,7 @@ try:
 except ImportError:  # the pointers do without
     TensorDescriptor = None
 
-__all__ = ["linear_fp8_block", "linear_fp8_row", "multiplies_e4m3"]
+__all__ = ["cost", "linear_fp8_block", "linear_fp8_row", "multiplies_e4m3"]
 
 _BLOCK = 128
 
@@ -98,6 +99,16 @@ def linear_fp8_kernel(
 def multiplies_e4m3(device: torch.device) -> bool:
     """Whether the device's tensor cores multiply e4m3 (Ada, Hopper and later)."""
     return capability_of(device) >= (8, 9)
+
+
+def cost(tokens: int, width: int, features: int, out_bytes: int, *, blockwise: bool) -> Cost:
+    """The floor of both products; ``out_bytes`` is the size of an element of ``out``."""
+    scales = tokens + features
+    if blockwise:
+        steps = triton.cdiv(width, _BLOCK)
+        scales = steps * (tokens + triton.cdiv(features, _BLOCK))
+    moved = width * (tokens + features) + 4 * scales + tokens * features * out_bytes
+    return Cost(moved, 2 * tokens * width * features)
 
 
 def linear_fp8_row(

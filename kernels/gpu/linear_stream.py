@@ -22,10 +22,11 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.cost import Cost
 from kernels.gpu.tuning import capability_of, config
 from kernels.quantised import QuantisedWeight, Scheme
 
-__all__ = ["MAX_STREAM_ROWS", "linear_stream"]
+__all__ = ["MAX_STREAM_ROWS", "cost", "linear_stream"]
 
 MAX_STREAM_ROWS = 64
 """Rows up to which streaming is the faster way where there is another."""
@@ -124,6 +125,13 @@ def add_parts_kernel(
     if SCALED:
         total = total * tl.load(scales + n, mask=n < features)
     tl.store(out + m * features + n, total.to(out.dtype.element_ty), mask=n < features)
+
+
+def cost(tokens: int, weight: QuantisedWeight, act_bytes: int, out_bytes: int) -> Cost:
+    """The floor of ``linear_stream``; the last two are the sizes of an element."""
+    features, width = weight.out_features, weight.in_features
+    moved = weight.nbytes + tokens * (width * act_bytes + features * out_bytes)
+    return Cost(moved, 2 * tokens * width * features)
 
 
 def linear_stream(

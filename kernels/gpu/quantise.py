@@ -1,7 +1,8 @@
 """Activations rounded to e4m3 on the fly, with one scale for each row or for 128 of its elements.
 
 ``scale = max|x| / 448`` (1 where all is zero), ``q = e4m3(x / scale)``, to nearest, ties to even.
-Floor: ``T*H*(sizeof(act) + 1)`` bytes. A row's bits depend on that row alone.
+Floor: ``T*H*(sizeof(act) + 1)`` bytes and the scales, about ``3*T*H`` operations. A row's bits
+depend on that row alone.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gpu.cost import Cost
 from kernels.gpu.rounding import LARGEST_E4M3, to_e4m3
 from kernels.gpu.tuning import capability_of, config
 
-__all__ = ["GROUP", "quantise_groups", "quantise_rows"]
+__all__ = ["GROUP", "cost", "quantise_groups", "quantise_rows"]
 
 GROUP = 128
 """Elements of a row that share a scale in ``quantise_groups``."""
@@ -48,6 +50,12 @@ def quantise_groups_kernel(
     scale = tl.where(top > 0.0, top / LARGEST_E4M3, 1.0)
     tl.store(scales + row * groups + group, scale, mask=group < groups)
     tl.store(out + row * width + column, to_e4m3(value / scale[:, None]), mask=column < width)
+
+
+def cost(tokens: int, width: int, act_bytes: int, *, groups: bool) -> Cost:
+    """The floor of either; ``act_bytes`` is the size of an element of ``x``."""
+    scales = tokens * (triton.cdiv(width, GROUP) if groups else 1)
+    return Cost(tokens * width * (act_bytes + 1) + 4 * scales, 3 * tokens * width)
 
 
 def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
