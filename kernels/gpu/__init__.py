@@ -300,7 +300,8 @@ def load(device_type: str = "cuda") -> GpuOps:
     """
     if device_type == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailable("no kernels for device 'cuda': torch finds no GPU")
-    if device_type != "cuda" and not triton.knobs.runtime.interpret:
+    interpreted = device_type == "cpu" and triton.knobs.runtime.interpret
+    if device_type != "cuda" and not interpreted:
         raise BackendUnavailable(
             f"the triton kernels need a CUDA device, got {device_type!r}; for tests on the CPU set "
             "TRITON_INTERPRET=1"

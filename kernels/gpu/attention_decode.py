@@ -30,7 +30,7 @@ from kernels.gpu.cost import Cost
 __all__ = ["cost", "launch_decode"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "num_blocks"])
 def _decode(
     out_ptr, q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr, items_ptr, counts_ptr,
     sums_ptr, stats_ptr, table_width, num_blocks, scale,

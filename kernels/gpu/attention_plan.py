@@ -62,7 +62,7 @@ class Tiles:
         num_warps: warps of a program.
         num_stages: stages of its pipeline.
         programs_per_processor: programs of a persistent grid for each multiprocessor.
-        merged_together: splits that are loaded before the first of them is merged; in no bit's way.
+        merged_together: splits loaded before the first of them is merged; no result depends on it.
     """
 
     rows: int
@@ -197,7 +197,8 @@ def _write_items(items_ptr, at, mask, request, token, queries, position, begin, 
     tl.store(item + 7, tl.zeros_like(at) + partial, mask=mask)
 
 
-@triton.jit
+# Sizes that change from step to step must not each be compiled for.
+@triton.jit(do_not_specialize=["requests", "tokens", "room", "num_slots", "programs"])
 def _plan(
     query_starts_ptr, context_lens_ptr, counts_ptr, decode_ptr, prefill_ptr, merges_ptr,
     requests, tokens, room, num_slots, programs,
@@ -337,7 +338,7 @@ def plan_attention(
         SPLIT=decode.split,
         ALL=max(16, triton.next_power_of_2(shape.requests)),
         CHUNK=_CHUNK,
-        num_warps=4,
+        num_warps=4 if shape.requests <= 256 else 8,
     )
     return plan
 

@@ -35,7 +35,7 @@ from kernels.gpu.cost import Cost
 __all__ = ["cost", "launch_prefill"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "num_blocks"])
 def _prefill(
     out_ptr, q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr, items_ptr, counts_ptr,
     table_width, num_blocks, scale,

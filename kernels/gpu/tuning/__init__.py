@@ -12,13 +12,15 @@ upper case are the kernel's constants::
     measured_on = []        # names of the devices it won on; empty: untuned, a considered guess
 
 An architecture without a file of its own gets the newest one below it, else the oldest there is.
-``python -m kernels.gpu.tuning`` measures candidates on the device at hand and prints rules.
+``python -m kernels.gpu.tuning`` measures candidates on the device at hand and writes its file.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib import resources
@@ -28,7 +30,7 @@ import torch
 
 from kernels.interface import KernelError
 
-__all__ = ["Capability", "Config", "capability_of", "config", "rules_of"]
+__all__ = ["Capability", "Config", "Rule", "capability_of", "config", "rules_of", "trying"]
 
 Capability = tuple[int, int]
 _INTERPRETED: Capability = (9, 0)  # without a device, the interpreter tries Hopper's numbers
@@ -80,12 +82,30 @@ def capability_of(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device)
 
 
-@lru_cache(maxsize=4096)
+_trial: ContextVar[tuple[str, Config] | None] = ContextVar("_trial", default=None)
+
+
+@contextmanager
+def trying(op: str, candidate: Config) -> Iterator[None]:
+    """Within the block, every shape of ``op`` gets this config: for measuring."""
+    token = _trial.set((op, candidate))
+    try:
+        yield
+    finally:
+        _trial.reset(token)
+
+
 def config(op: str, capability: Capability, **shape: int) -> Config:
     """The config of ``op`` for a device of this capability and a shape given by letters.
 
     Raises KernelError if the table has no rule for it.
     """
+    trial = _trial.get()
+    return trial[1] if trial and trial[0] == op else _config(op, capability, **shape)
+
+
+@lru_cache(maxsize=4096)
+def _config(op: str, capability: Capability, **shape: int) -> Config:
     for rule in rules_of(capability).get(op, ()):
         if rule.holds(shape):
             return rule.config
