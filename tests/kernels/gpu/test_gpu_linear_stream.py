@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+import kernels.gpu
 from kernels.gpu import linear, linear_fp8, linear_stream, quantise
 from kernels.gpu.tuning import config
+from kernels.interface import KernelError
 from kernels.quantised import QuantisedWeight, Scheme, check_quantised, dequantise, unpack_int4
+from kernels.reference import ReferenceOps
 from tests.kernels.comparisons import BF16, F16, F32, assert_close, poison, randn
 from tests.kernels.gpu.planted import planted
 
@@ -161,3 +165,23 @@ def test_the_floor_of_a_layer_is_mostly_its_weight() -> None:
     assert rows.bytes == 1024 * (512 + 6144) + 4 * (512 + 6144) + 512 * 6144 * 2
     assert blocks.bytes - rows.bytes == 4 * (8 * (512 + 48) - 512 - 6144)
     assert quantise.cost(512, 1000, 2, groups=True).bytes == 512 * 1000 * 3 + 4 * 512 * 8
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].value}-{case[1]}")
+def test_the_backend_takes_them_all(
+    device: torch.device, case: tuple[Scheme, int, torch.dtype]
+) -> None:
+    """Through the interface, beside the oracle; x is not rounded for so few rows."""
+    gpu, oracle = kernels.gpu.load(device.type), ReferenceOps()
+    weight = stored(case[0], 70, 256, *case[1:])
+    moved = QuantisedWeight(weight.data.to(device), weight.scales.to(device), *case[:2])
+    packed = gpu.pack_quantised(moved)
+    assert packed.nbytes == weight.nbytes < 70 * 256 * 2
+    x, got, want = randn(5, 256), poison(5, 70).to(device), poison(5, 70)
+    gpu.linear(got, x.to(device), packed)
+    oracle.linear(want, x, oracle.pack_quantised(weight))
+    assert_close(got.cpu(), want, floor=1e-4)
+    with pytest.raises(KernelError, match="of another backend"):
+        gpu.linear(got, x.to(device), oracle.pack_quantised(weight))
+    with pytest.raises(KernelError, match="pack_quantised: scales must be"):
+        gpu.pack_quantised(replace(moved, scales=moved.scales[:-1]))
