@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from server.cli.names import DeviceName, DtypeName, LogLevel, MethodName, QuantizationName
 
 __all__ = ["app", "main"]
 
@@ -19,49 +20,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class LogLevel(StrEnum):
-    """How much the server logs."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
-
-
-class DtypeName(StrEnum):
-    """Names of engine.Dtype, repeated so that ``--help`` does not load the engine."""
-
-    AUTO = "auto"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
-class MethodName(StrEnum):
-    """Names of engine.train.tuning.plan.Method."""
-
-    AUTO = "auto"
-    FULL = "full"
-    LORA = "lora"
-
-
-class QuantizationName(StrEnum):
-    """Names of engine.Quantization."""
-
-    NONE = "none"
-    FP8 = "fp8"
-    INT8 = "int8"
-    INT4 = "int4"
-
-
-class DeviceName(StrEnum):
-    """Names of engine.Device."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
 
 
 def _option(name: str, description: str, **more: Any) -> Any:

@@ -95,17 +95,16 @@ def e4m3(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return (x / scales).clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
-@pytest.mark.parametrize("width", [16, 130, 1300])
-def test_rows_and_groups_of_activations(device: torch.device, width: int) -> None:
+def run_quantise(module: ModuleType, device: torch.device, width: int) -> None:
     x = randn(5, width)
     x[2] = 0
     x[3] *= 1e-30
-    numbers, scales = quantise.quantise_rows(x.to(device))
+    numbers, scales = module.quantise_rows(x.to(device))
     top = x.abs().amax(1)
     wanted = torch.where(top > 0, top / 448, 1.0)
     assert torch.equal(scales.cpu(), wanted)
     assert torch.equal(numbers.cpu().view(torch.uint8), e4m3(x, wanted[:, None]).view(torch.uint8))
-    numbers, scales = quantise.quantise_groups(x.to(device))
+    numbers, scales = module.quantise_groups(x.to(device))
     assert scales.shape == (5, -(-width // 128))
     for index in range(scales.shape[1]):
         part = x[:, index * 128 : (index + 1) * 128]
@@ -114,6 +113,28 @@ def test_rows_and_groups_of_activations(device: torch.device, width: int) -> Non
         assert torch.equal(scales[:, index].cpu(), wanted)
         own = numbers.cpu()[:, index * 128 : (index + 1) * 128]
         assert torch.equal(own.view(torch.uint8), e4m3(part, wanted[:, None]).view(torch.uint8))
+
+
+@pytest.mark.parametrize("width", [16, 130, 1300])
+def test_rows_and_groups_of_activations(device: torch.device, width: int) -> None:
+    run_quantise(quantise, device, width)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("largest = tl.maximum(largest, tl.abs(value))", "largest = tl.maximum(largest, value)"),
+        ("1.0)\n    tl.store(scales + row, scale)", "0.5)\n    tl.store(scales + row, scale)"),
+        ("to_e4m3(value / scale[:, None])", "to_e4m3(value / (scale[:, None] * 1.01))"),
+        ("row * groups + group, scale", "row * groups + group, top"),
+    ],
+)  # fmt: skip
+def test_planted_bugs_in_rounding_are_caught(
+    device: torch.device, old: str, new: str, tmp_path: Path
+) -> None:
+    module = planted(quantise, old, new, tmp_path)
+    with pytest.raises(AssertionError):
+        run_quantise(module, device, 1300)
 
 
 def float8_weight(scheme: Scheme, features: int, width: int) -> QuantisedWeight:
