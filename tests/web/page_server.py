@@ -70,7 +70,7 @@ class PageServer:
         self._thread = threading.Thread(target=self._loop.run_forever, name="page-server")
         self._runner: web.AppRunner
         self._relay: Relay
-        self._store: Store
+        self.store: Store
         self.engine: ScriptedEngine
 
     def __enter__(self) -> Self:
@@ -101,6 +101,14 @@ class PageServer:
     def cut(self) -> None:
         """Cut every connection; new ones are taken at once."""
         self.call(self._relay.cut())
+
+    def freeze(self) -> None:
+        """Let every open connection hang: nothing comes through, and nobody closes it."""
+        self.do(self._relay.freeze)
+
+    def hang(self, hangs: bool) -> None:
+        """Let connections to come hang too, or no longer."""
+        self.do(lambda: self._relay.hang(hangs))
 
     def away(self) -> None:
         """Cut every connection and refuse new ones. The server itself goes on."""
@@ -136,8 +144,8 @@ class PageServer:
     async def _start(self) -> None:
         self.engine = ScriptedEngine(self._script, max_model_len=self._max_model_len)
         settings = ServerSettings(port=0, api_key_file=self._api_key_file, drain_s=0)
-        self._store = await Store.open()
-        app = build_app(settings, self.engine, byte_tokenizer(), self._store)
+        self.store = await Store.open()
+        app = build_app(settings, self.engine, byte_tokenizer(), self.store)
         self._runner = web.AppRunner(app, shutdown_timeout=1, handler_cancellation=True)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
@@ -149,4 +157,4 @@ class PageServer:
         await self._relay.close()
         await self._runner.cleanup()
         await self.engine.close()
-        await self._store.close()
+        await self.store.close()

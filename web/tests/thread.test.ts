@@ -77,11 +77,11 @@ describe("BrowserStore", () => {
     localStorage.clear();
     const store = new BrowserStore(localStorage);
     store.saveConversations([{ id: "c", title: "t", createdAt: 1, updatedAt: 2 }]);
-    store.savePending("c", { question: "q", responseId: null });
+    store.savePending("c", { question: "q", responseId: null, seen: null });
     store.saveNote("c", "a", note);
     const again = new BrowserStore(localStorage);
     expect(again.conversations()).toHaveLength(1);
-    expect(again.pending("c")).toEqual({ question: "q", responseId: null });
+    expect(again.pending("c")).toEqual({ question: "q", responseId: null, seen: null });
     expect(again.notes("c")).toEqual({ a: note });
     again.forget("c");
     expect([again.conversations(), again.pending("c"), again.notes("c")]).toEqual([[], null, {}]);

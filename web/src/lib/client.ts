@@ -4,13 +4,16 @@
  * Where no socket opens, as behind some proxies, turns go over HTTP with server-sent events instead.
  */
 import { explainBody, UNREACHABLE } from "./problem";
-import { Refused, type Transport } from "./run";
+import { Refused, Silent, type Transport } from "./run";
 import { NeverOpened, SocketTurns } from "./sockets";
 import { SseParser } from "./sse";
 import { parseEvent, type Item, type ItemList, type ResponseObject, type TurnEvent } from "./wire";
 
-/** The server sends a comment every 15 s; silence beyond this means that the connection is dead. */
-const SILENCE_MS = 45_000;
+/** The server sends a comment every 15 s; silence beyond this means that the connection may be dead. */
+const SILENCE_MS = 20_000;
+/** Longest wait for the head of a stream: a turn that begins, one that is picked up again. */
+const CREATE_HEAD_MS = 30_000;
+const RESUME_HEAD_MS = 5000;
 const PAGE_SIZE = 100;
 
 export class Client implements Transport {
@@ -90,9 +93,14 @@ export class Client implements Transport {
     this.#socketsWork = false;
   }
 
-  resume(responseId: string, after: number | null, signal: AbortSignal): AsyncGenerator<TurnEvent> {
+  resume(responseId: string, after: number | null, signal: AbortSignal, opened: () => void): AsyncGenerator<TurnEvent> {
     const from = after === null ? "" : `&starting_after=${after}`;
-    return this.#sse("GET", `v1/responses/${encodeURIComponent(responseId)}?stream=true${from}`, undefined, signal);
+    return this.#sse("GET", `v1/responses/${encodeURIComponent(responseId)}?stream=true${from}`, undefined, signal, opened);
+  }
+
+  /** Trusts no connection that was opened before now. */
+  wake(): void {
+    this.#sockets.dropIdle();
   }
 
   /** Says how the server is, without throwing. */
@@ -105,29 +113,29 @@ export class Client implements Transport {
     }
   }
 
-  async *#sse(method: string, path: string, body: unknown, outer: AbortSignal): AsyncGenerator<TurnEvent> {
-    const silence = new AbortController();
-    const signal = AbortSignal.any([outer, silence.signal]);
-    let timer = setTimeout(() => silence.abort(), SILENCE_MS);
+  async *#sse(method: string, path: string, body: unknown, outer: AbortSignal, opened: () => void = () => {}): AsyncGenerator<TurnEvent> {
+    const watch = new Watch(method === "POST" ? CREATE_HEAD_MS : RESUME_HEAD_MS);
     try {
-      const response = await this.#fetch(method, path, body, signal);
+      const response = await this.#fetch(method, path, body, AbortSignal.any([outer, watch.signal]));
       if (response.body === null) return;
+      opened();
       const parser = new SseParser();
       const decoder = new TextDecoder();
       const reader = response.body.getReader();
       for (;;) {
+        watch.wait(SILENCE_MS);
         const { value, done } = await reader.read();
         if (done) return;
-        clearTimeout(timer);
-        timer = setTimeout(() => silence.abort(), SILENCE_MS);
         for (const data of parser.push(decoder.decode(value, { stream: true }))) {
           const event = parseEvent(data);
           if (event !== null) yield event;
         }
       }
+    } catch (error) {
+      if (watch.signal.aborted && !(error instanceof Refused)) throw new Silent("the stream is silent");
+      throw error;
     } finally {
-      clearTimeout(timer);
-      silence.abort();
+      watch.end();
     }
   }
 
@@ -149,5 +157,29 @@ export class Client implements Transport {
     }
     if (!response.ok) throw new Refused(explainBody(response.status, await response.text()));
     return response;
+  }
+}
+
+/** Aborts its signal when a wait takes too long. */
+class Watch {
+  readonly #controller = new AbortController();
+  #timer: ReturnType<typeof setTimeout> | undefined;
+
+  constructor(ms: number) {
+    this.wait(ms);
+  }
+
+  get signal(): AbortSignal {
+    return this.#controller.signal;
+  }
+
+  wait(ms: number): void {
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => this.#controller.abort(), ms);
+  }
+
+  end(): void {
+    clearTimeout(this.#timer);
+    this.#controller.abort();
   }
 }

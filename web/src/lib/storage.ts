@@ -2,6 +2,7 @@
  * What this browser keeps: which conversations are its own, settings, and figures of past answers.
  * Conversations' ids are unguessable, so a browser only ever sees those it began itself.
  */
+import { readPending, type Pending } from "./pending";
 import type { Notes } from "./thread";
 
 export interface Conversation {
@@ -12,11 +13,6 @@ export interface Conversation {
   updatedAt: number;
 }
 
-/** A turn that was running when last seen; `responseId` is null until the server confirmed it. */
-export interface Pending {
-  question: string;
-  responseId: string | null;
-}
 
 const PREFIX = "millrace.";
 const MAX_NOTES = 200;
@@ -65,9 +61,7 @@ export class BrowserStore {
   }
 
   pending(conversationId: string): Pending | null {
-    const stored = this.#record("pending")[conversationId] as Partial<Pending> | undefined;
-    if (typeof stored?.question !== "string") return null;
-    return { question: stored.question, responseId: typeof stored.responseId === "string" ? stored.responseId : null };
+    return readPending(this.#record("pending")[conversationId]);
   }
 
   savePending(conversationId: string, pending: Pending | null): void {

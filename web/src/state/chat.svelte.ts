@@ -6,6 +6,7 @@ import type { Problem } from "../lib/problem";
 import { readSettings, type Settings } from "../lib/settings";
 import { BrowserStore, type Conversation } from "../lib/storage";
 import { titleFrom } from "../lib/thread";
+import { onWake } from "../lib/wake";
 import { problemOf, Thread, type ThreadEvents } from "./thread.svelte";
 
 export type Health = "checking" | "ready" | "restarting" | "away";
@@ -52,23 +53,39 @@ export class Chat {
 
   /** Starts watching the server. Returns what ends it. */
   start(): () => void {
-    const wake = (): void => void this.check();
+    const look = (): void => void this.check();
+    const save = (): void => {
+      for (const thread of this.#open()) thread.save();
+    };
     const other = (event: StorageEvent): void => {
       if (event.key === "millrace.conversations") this.conversations = this.#store.conversations();
     };
-    window.addEventListener("online", wake);
-    window.addEventListener("offline", wake);
-    document.addEventListener("visibilitychange", wake);
+    const asleep = onWake(() => this.#wake());
+    window.addEventListener("offline", look);
+    window.addEventListener("pagehide", save);
+    document.addEventListener("visibilitychange", save);
     window.addEventListener("storage", other);
-    wake();
+    look();
     void this.thread.load();
     return () => {
       clearTimeout(this.#timer);
-      window.removeEventListener("online", wake);
-      window.removeEventListener("offline", wake);
-      document.removeEventListener("visibilitychange", wake);
+      asleep();
+      window.removeEventListener("offline", look);
+      window.removeEventListener("pagehide", save);
+      document.removeEventListener("visibilitychange", save);
       window.removeEventListener("storage", other);
     };
+  }
+
+  /** Nothing that was true before a sleep or without a network need be true now. */
+  #wake(): void {
+    this.#client.wake();
+    for (const thread of this.#open()) thread.nudge();
+    void this.check();
+  }
+
+  #open(): Set<Thread> {
+    return new Set([this.thread, ...this.#threads.values()]);
   }
 
   async check(): Promise<void> {
@@ -77,6 +94,7 @@ export class Chat {
     const before = this.health;
     const health = await this.#client.ready();
     this.health = health;
+    if (health === "ready" && before === "away") for (const thread of this.#open()) thread.nudge();
     if (health === "ready" && (before !== "ready" || this.models.length === 0)) await this.#loadModels();
     clearTimeout(this.#timer);
     this.#timer = setTimeout(() => void this.check(), health === "ready" ? HEALTHY_POLL_MS : AWAY_POLL_MS);
@@ -86,7 +104,7 @@ export class Chat {
     try {
       this.models = await this.#client.models();
       this.needsKey = false;
-      if (this.thread.loadProblem !== null) await this.thread.load();
+      if (this.thread.loadProblem?.retryable === true || this.thread.loadProblem?.kind === "key") await this.thread.load();
     } catch (error) {
       this.#events.failed(problemOf(error));
     }

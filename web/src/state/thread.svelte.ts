@@ -1,19 +1,19 @@
 /**
  * One open conversation: its messages, and the turn that is running in it.
  */
-import { explain, type Problem } from "../lib/problem";
+import { pendingOf, restored, type Pending } from "../lib/pending";
+import { explain, GONE, type Problem } from "../lib/problem";
 import { Refused, TurnRun } from "../lib/run";
 import { requestFields, type Settings } from "../lib/settings";
 import { answerOf, fromItems, lastExchange, noteOf, withoutStored, withPending, withTurn, type Message } from "../lib/thread";
-import { isEnded, fail, newTurn, type TurnState } from "../lib/turn";
+import { breakOff, fail, isEnded, newTurn, type TurnState } from "../lib/turn";
 import type { BrowserStore } from "../lib/storage";
 import type { Client } from "../lib/client";
+import { CLOCK } from "./clock";
 import { FrameBatch } from "./frames";
 
-const CLOCK = {
-  now: () => performance.now(),
-  sleep: (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms)),
-};
+/** How often what has arrived is put into storage, beside when the page is left. */
+const SAVE_EVERY_MS = 1000;
 
 let count = 0;
 
@@ -42,6 +42,8 @@ export class Thread {
   readonly #store: BrowserStore;
   readonly #events: ThreadEvents;
   #run: TurnRun | null = null;
+  #question = "";
+  #savedAt = 0;
   #loaded: boolean;
 
   constructor(id: string | null, client: Client, store: BrowserStore, events: ThreadEvents) {
@@ -70,11 +72,16 @@ export class Thread {
 
   async #loadFrom(id: string): Promise<void> {
     const pending = this.#store.pending(id);
-    const running = pending?.responseId ? await this.#isRunning(pending.responseId) : false;
-    this.messages = fromItems(await this.#client.items(id), this.#store.notes(id));
+    const over = pending === null || (await this.#isOver(pending));
+    try {
+      this.messages = fromItems(await this.#client.items(id), this.#store.notes(id));
+    } catch (error) {
+      if (pending !== null && problemOf(error).kind === "gone") this.#showCutOff(pending);
+      throw error;
+    }
     if (pending === null) return;
-    if (running && pending.responseId !== null) {
-      void this.#follow(pending.question, pending.responseId);
+    if (!over) {
+      void this.#follow(pending.question, restored(pending));
       return;
     }
     this.#store.savePending(id, null);
@@ -83,14 +90,24 @@ export class Thread {
     if (pending.responseId === null && !stored && this.draft === "") this.draft = pending.question;
   }
 
-  async #isRunning(responseId: string): Promise<boolean> {
+  /** Whether all that came of a turn is among the conversation's items. A turn that failed leaves none there. */
+  async #isOver({ responseId, seen }: Pending): Promise<boolean> {
+    if (responseId === null) return true;
     try {
       const { status } = await this.#client.response(responseId);
-      return status === "in_progress" || status === "queued";
+      return status === "completed" || status === "incomplete" || status === "cancelled";
     } catch (error) {
-      if (error instanceof Refused && error.problem.kind === "gone") return false;
+      // Followed once more, for the run to say so, where there is something to lose.
+      if (error instanceof Refused && error.problem.kind === "gone") return seen === null;
       throw error;
     }
+  }
+
+  /** The server has lost the conversation; what this browser saw of the last answer is kept on the page. */
+  #showCutOff(pending: Pending): void {
+    const turn = restored(pending);
+    if (turn.parts.length === 0) return;
+    this.messages = withPending([], pending.question, `turn-${++count}`, breakOff(turn, GONE));
   }
 
   /** Asks `question`; the answer arrives in `messages`. */
@@ -110,46 +127,46 @@ export class Thread {
       return;
     }
     const conversation = this.id;
-    this.#store.savePending(conversation, { question, responseId: null });
+    this.#store.savePending(conversation, pendingOf(question, first));
     this.#events.touched(this);
-    const run = this.#startRun(key, question, null);
+    const run = this.#startRun(key, question, first);
     const input = [{ type: "message", role: "user", content: [{ type: "input_text", text: question }] }];
     const body = { model, input, conversation, store: true, ...requestFields(settings) };
     this.#settle(key, await run.create(body));
   }
 
-  async #follow(question: string, responseId: string): Promise<void> {
+  async #follow(question: string, state: TurnState): Promise<void> {
     const key = `turn-${++count}`;
     this.busy = true;
-    this.messages = withPending(this.messages, question, key, newTurn(null, responseId));
-    this.#settle(key, await this.#startRun(key, question, responseId).follow());
+    this.messages = withPending(this.messages, question, key, state);
+    if (state.itemId !== null) this.messages = withoutStored(this.messages, state.itemId);
+    this.#settle(key, await this.#startRun(key, question, state).follow());
   }
 
-  #startRun(key: string, question: string, responseId: string | null): TurnRun {
+  #startRun(key: string, question: string, from: TurnState): TurnRun {
     const frames = new FrameBatch<TurnState>((state) => {
       this.messages = withTurn(this.messages, key, state);
       this.stopping = state.stopping;
     });
-    let known = responseId;
-    let item: string | null = null;
-    let resumed = 0;
+    let before = from;
     const run = new TurnRun(this.#client, CLOCK, (state) => {
-      if (state.responseId !== known && this.id !== null) {
-        known = state.responseId;
-        this.#store.savePending(this.id, { question, responseId: known });
-      }
-      if (state.itemId !== null && state.itemId !== item) {
-        item = state.itemId;
-        this.messages = withoutStored(this.messages, item);
-      }
-      if (state.resumed > resumed) {
-        resumed = state.resumed;
-        this.#events.shaken();
-      }
+      if (state.responseId !== before.responseId) this.save(state);
+      else if (CLOCK.now() - this.#savedAt > SAVE_EVERY_MS) this.save(state);
+      if (state.itemId !== null && state.itemId !== before.itemId) this.messages = withoutStored(this.messages, state.itemId);
+      if (state.phase === "resuming" && before.phase !== "resuming") this.#events.shaken();
+      before = state;
       frames.push(state);
-    }, responseId);
+    }, from);
     this.#run = run;
+    this.#question = question;
     return run;
+  }
+
+  /** Puts what has arrived of the running turn into storage. */
+  save(state: TurnState | undefined = this.#run?.state): void {
+    if (this.id === null || state === undefined || isEnded(state.phase)) return;
+    this.#savedAt = CLOCK.now();
+    this.#store.savePending(this.id, pendingOf(this.#question, state));
   }
 
   #settle(key: string, state: TurnState): void {
@@ -157,6 +174,8 @@ export class Thread {
     this.busy = false;
     this.stopping = false;
     this.#run = null;
+    // Left, not ended: it is found again by what is in storage.
+    if (!isEnded(state.phase)) return;
     if (this.id !== null) {
       // What broke off may still be running, and can be found again after a reload.
       if (state.phase !== "broken") this.#store.savePending(this.id, null);
@@ -164,6 +183,22 @@ export class Thread {
       this.#events.touched(this);
     }
     if (state.problem !== null) this.#events.failed(state.problem);
+  }
+
+  /** The network or the page is back. */
+  nudge(): void {
+    this.#run?.nudge();
+    if (this.loadProblem?.retryable === true) void this.load();
+  }
+
+  /** Follows once more an answer whose stream was given up. */
+  async pickUp(): Promise<void> {
+    const last = this.messages.at(-1);
+    const question = textAt(this.messages, this.messages.length - 2);
+    if (this.busy || question === null || last?.role !== "assistant" || last.turn.responseId === null) return;
+    this.messages = this.messages.slice(0, -1);
+    const seen = pendingOf(question, last.turn);
+    await this.#follow(question, restored(seen));
   }
 
   stop(): void {

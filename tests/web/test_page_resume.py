@@ -1,0 +1,294 @@
+"""A page that loses its server in the middle of an answer goes on by itself, and says that it did.
+
+Each test ends with the same check: what the page shows is what the server has stored.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page, expect
+
+from tests.web.conftest import WAIT_MS, OpenPage
+from tests.web.page_process import PageProcess, RedisProcess, free_port
+from tests.web.page_server import PageServer
+from tests.web.steps import answers, last_answer, send, wait_for_end
+
+pytestmark = pytest.mark.browser
+
+HELD = "Tell me slowly"
+WORDS = " ".join(f"word{number}" for number in range(40))
+BACK = re.compile("Reconnected; (continuing…|the answer is complete.)")
+# Ten seconds of silence make the page suspicious, ten more without an answer make it sure.
+SUSPICION_MS = 45_000
+
+
+@pytest.fixture
+def page(open_page: OpenPage) -> Page:
+    """The page; what the browser says about broken connections is part of these tests."""
+    return open_page(noisy=True)
+
+
+@pytest.fixture
+def held(server: PageServer) -> PageServer:
+    server.answers[HELD] = WORDS
+    server.hold(HELD)
+    return server
+
+
+def notice(page: Page) -> Locator:
+    """What the page says about its connection."""
+    return page.locator(".connection").get_by_role("status")
+
+
+def begin(page: Page, let: Callable[[int], None]) -> str:
+    """Ask, wait for the first words and return the answer's id."""
+    send(page, HELD)
+    let(3)
+    expect(last_answer(page).locator(".prose")).to_have_text("word0 word1 word")
+    return str(
+        page.evaluate(
+            "Object.values(JSON.parse(localStorage.getItem('millrace.pending')))[0].responseId"
+        )
+    )
+
+
+def silent_for_a_second(page: Page) -> None:
+    """Let the page's clock go on: what was heard just now, the page trusts."""
+    now_ms = page.evaluate("performance.now()")
+    page.wait_for_function("start => performance.now() > start + 1200", arg=now_ms)
+
+
+def assert_unfinished(page: Page) -> None:
+    """Nothing says that the answer is over."""
+    expect(last_answer(page)).to_have_attribute("aria-busy", "true")
+    expect(last_answer(page).locator("footer")).to_have_count(0)
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+
+
+def assert_whole(page: Page, url: str, response_id: str) -> None:
+    """The answer has ended as a whole one, and is the stored one."""
+    expect(last_answer(page)).to_have_attribute("aria-busy", "false", timeout=SUSPICION_MS)
+    with urllib.request.urlopen(f"{url}v1/responses/{response_id}", timeout=20) as answer:
+        stored: dict[str, Any] = json.load(answer)
+    text = "".join(part["text"] for item in stored["output"] for part in item["content"])
+    assert (stored["status"], text) == ("completed", WORDS)
+    expect(last_answer(page).locator(".prose")).to_have_text(text)
+    expect(last_answer(page).locator(".cut")).to_have_count(0)
+    expect(answers(page)).to_have_count(1)
+    expect(page.get_by_role("article", name="You")).to_have_text([HELD])
+    page.reload()
+    expect(answers(page).locator(".prose")).to_have_text([text])
+    expect(last_answer(page).locator(".cut")).to_have_count(0)
+
+
+def held_let(server: PageServer) -> Callable[[int], None]:
+    return lambda steps: server.let(HELD, steps)
+
+
+def test_reload_goes_on_after_the_last_event_it_had(page: Page, held: PageServer) -> None:
+    response_id = begin(page, held_let(held))
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.reload()
+    expect(notice(page)).to_have_text("Reconnected; continuing…")
+    expect(last_answer(page).locator(".prose")).to_have_text("word0 word1 word")
+    assert_unfinished(page)
+    (resumed,) = [url for url in asked if "stream=true" in url]
+    assert int(resumed.partition("starting_after=")[2]) >= 4
+    held.release(HELD)
+    assert_whole(page, held.url, response_id)
+
+
+def test_offline_and_online_again(page: Page, held: PageServer) -> None:
+    response_id = begin(page, held_let(held))
+    page.context.set_offline(True)
+    # Whether a browser cuts what is open when it goes offline, is its own matter.
+    held.cut()
+    expect(notice(page)).to_have_text("Connection lost. Trying again…")
+    held.release(HELD)
+    expect(last_answer(page).locator(".prose")).to_have_text("word0 word1 word")
+    assert_unfinished(page)
+    page.context.set_offline(False)
+    expect(notice(page)).to_have_text(BACK)
+    assert_whole(page, held.url, response_id)
+
+
+def test_server_that_is_away_longer_than_a_few_tries(page: Page, held: PageServer) -> None:
+    response_id = begin(page, held_let(held))
+    held.away()
+    expect(notice(page)).to_have_text("Connection lost. Trying again…")
+    expect(page.locator(".connection .count")).to_have_text(re.compile(r"in [2-9] s"))
+    assert_unfinished(page)
+    page.get_by_role("button", name="Try now").click()
+    expect(notice(page)).to_have_text("Connection lost. Trying again…")
+    held.back()
+    held.release(HELD)
+    expect(notice(page)).to_have_text(BACK)
+    assert_whole(page, held.url, response_id)
+
+
+def test_socket_that_hangs_without_closing(page: Page, held: PageServer) -> None:
+    response_id = begin(page, held_let(held))
+    held.freeze()
+    held.let(HELD, 3)
+    expect(notice(page)).to_have_text("Reconnected; continuing…", timeout=SUSPICION_MS)
+    expect(last_answer(page).locator(".prose")).to_contain_text("word0 word1 word2 word3")
+    assert_unfinished(page)
+    held.release(HELD)
+    assert_whole(page, held.url, response_id)
+
+
+def test_proxy_that_hangs_for_everybody(page: Page, held: PageServer) -> None:
+    response_id = begin(page, held_let(held))
+    held.hang(True)
+    held.freeze()
+    held.release(HELD)
+    expect(notice(page)).to_have_text("Connection lost. Trying again…", timeout=SUSPICION_MS)
+    assert_unfinished(page)
+    expect(last_answer(page).locator(".prose")).to_have_text("word0 word1 word")
+    held.hang(False)
+    held.cut()
+    expect(notice(page)).to_have_text(BACK, timeout=SUSPICION_MS)
+    assert_whole(page, held.url, response_id)
+
+
+def test_page_that_was_frozen_and_comes_back(page: Page, held: PageServer) -> None:
+    response_id = begin(page, held_let(held))
+    browser = page.context.new_cdp_session(page)
+    browser.send("Page.setWebLifecycleState", {"state": "frozen"})
+    held.freeze()
+    held.let(HELD, 5)
+    browser.send("Page.setWebLifecycleState", {"state": "active"})
+    # The socket is dead, and so may be other open connections; nobody tells the page.
+    with page.expect_request(re.compile("stream=true"), timeout=SUSPICION_MS):
+        silent_for_a_second(page)
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    expect(notice(page)).to_have_text("Reconnected; continuing…", timeout=SUSPICION_MS)
+    assert_unfinished(page)
+    held.release(HELD)
+    assert_whole(page, held.url, response_id)
+
+
+def test_quiet_wait_is_no_break(page: Page, held: PageServer) -> None:
+    """A model that thinks for long is not a dead connection."""
+    response_id = begin(page, held_let(held))
+    with page.expect_request(re.compile("stream=true"), timeout=SUSPICION_MS):
+        pass
+    silent_for_a_second(page)
+    expect(notice(page)).to_have_text("")
+    held.release(HELD)
+    expect(last_answer(page)).to_have_attribute("aria-busy", "false")
+    expect(last_answer(page).locator(".facts")).not_to_contain_text("Resumed")
+    assert_whole(page, held.url, response_id)
+
+
+class TestStoreLoss:
+    """The server comes back and knows nothing."""
+
+    def lose(self, server: PageServer) -> None:
+        async def flush() -> None:
+            await server.store.redis.flushall()
+
+        server.release(HELD)
+        server.call(server.engine.settle())
+        server.call(flush())
+
+    def test_text_is_kept_and_marked(self, page: Page, held: PageServer) -> None:
+        begin(page, held_let(held))
+        held.away()
+        expect(notice(page)).to_have_text("Connection lost. Trying again…")
+        self.lose(held)
+        held.back()
+        alert = last_answer(page).get_by_role("alert")
+        expect(alert).to_contain_text("The server no longer has this answer")
+        expect(last_answer(page).locator(".cut")).to_have_text("Cut off")
+        expect(last_answer(page).locator(".prose")).to_have_text("word0 word1 word")
+
+    def test_even_after_a_reload(self, page: Page, held: PageServer) -> None:
+        begin(page, held_let(held))
+        page.goto("about:blank")
+        self.lose(held)
+        page.goto(held.url)
+        expect(last_answer(page).locator(".prose")).to_have_text("word0 word1 word")
+        expect(last_answer(page).locator(".cut")).to_have_text("Cut off")
+        expect(page.get_by_role("article", name="You")).to_have_text([HELD])
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="no redis-server")
+class TestKilledServer:
+    @pytest.fixture
+    def redis(self, tmp_path: Path) -> Iterator[RedisProcess]:
+        with RedisProcess(tmp_path) as redis:
+            yield redis
+
+    @pytest.fixture
+    def process(self, tmp_path: Path, redis: RedisProcess) -> Iterator[PageProcess]:
+        with PageProcess(tmp_path, redis.url, WORDS, free_port()) as process:
+            yield process
+
+    @pytest.fixture
+    def page(self, browser: Browser, process: PageProcess) -> Iterator[Page]:
+        context = browser.new_context(reduced_motion="reduce")
+        context.set_default_timeout(WAIT_MS)
+        page = context.new_page()
+        page.goto(process.url)
+        page.get_by_text("Connected").wait_for(state="attached")
+        yield page
+        context.close()
+
+    def test_restart_on_the_same_port(self, page: Page, process: PageProcess) -> None:
+        response_id = begin(page, process.let)
+        process.kill()
+        expect(notice(page)).to_have_text("Connection lost. Trying again…")
+        expect(last_answer(page).locator(".prose")).to_have_text("word0 word1 word")
+        assert_unfinished(page)
+        process.release()
+        process.restart()
+        expect(notice(page)).to_have_text(BACK)
+        assert_whole(page, process.url, response_id)
+
+    def test_reload_after_the_restart(self, page: Page, process: PageProcess) -> None:
+        response_id = begin(page, process.let)
+        process.kill()
+        process.restart()
+        page.reload()
+        expect(notice(page)).to_have_text(BACK)
+        process.release()
+        assert_whole(page, process.url, response_id)
+
+    def test_another_replica_takes_over(
+        self, page: Page, process: PageProcess, redis: RedisProcess, tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "other"
+        folder.mkdir()
+        with PageProcess(folder, redis.url, WORDS, free_port()) as other:
+            other.release()
+            response_id = begin(page, process.let)
+            process.kill()
+            expect(notice(page)).to_have_text("Connection lost. Trying again…")
+            process.restart()
+            expect(notice(page)).to_have_text(BACK)
+            assert_whole(page, process.url, response_id)
+
+
+def test_stop_while_the_connection_is_lost(page: Page, held: PageServer) -> None:
+    begin(page, held_let(held))
+    held.away()
+    expect(notice(page)).to_have_text("Connection lost. Trying again…")
+    page.keyboard.press("Escape")
+    page.keyboard.press("Escape")
+    wait_for_end(page)
+    expect(last_answer(page).locator(".cut")).to_have_text("Cut off: the connection broke")
+    held.back()
+    held.release(HELD)
+    last_answer(page).get_by_role("button", name="Pick it up again").click()
+    expect(last_answer(page).locator(".prose")).to_have_text(WORDS)
+    expect(last_answer(page).locator(".cut")).to_have_count(0)
