@@ -119,6 +119,8 @@ class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Set where something was claimed in the turn's name before it starts; None: a fresh one."""
     conversation_id: str | None = None
     """The conversation that gets this turn's items; claimed for ``turn_id``."""
+    conversation_after: str | msgspec.UnsetType | None = msgspec.UNSET
+    """The conversation's item that they go after, None: at the root. Set once it is claimed."""
     previous_ids: list[str] = []
     """The responses this one follows on, first to last."""
     input_items: list[dict[str, Any]] = []

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import msgspec
 
-from server.conversations import MAX_ITEMS, Conversations
+from server.conversations.store import MAX_ITEMS, Conversations
 from server.errors import ApiError, invalid, not_found
 from server.journals import Journals
 from server.paging import Item
@@ -65,7 +65,7 @@ class Sessions:
     async def adopt(self, request: TurnRequest, turn_id: str) -> None:
         """Hold the conversation of a turn that was taken over from a dead server."""
         if request.conversation_id is not None:
-            await self.conversations.adopt(request.conversation_id, turn_id)
+            await self.conversations.claims.adopt(request.conversation_id, turn_id)
 
     async def _end_in_conversation(
         self, conversation_id: str, request: TurnRequest, response: dict[str, Any]
@@ -73,12 +73,12 @@ class Sessions:
         try:
             if response["status"] != "failed":
                 items = [*request.input_items, *response["output"]]
-                await self.conversations.append(conversation_id, items)
+                await self.conversations.append(conversation_id, items, request.conversation_after)
         except ApiError as error:
             # Somebody filled the conversation while the turn ran.
             raise StoreError(error.message) from error
         finally:
-            await self.conversations.release(conversation_id, response["id"])
+            await self.conversations.claims.release(conversation_id, response["id"])
 
     async def _save(self, request: TurnRequest, response: dict[str, Any]) -> None:
         record = ResponseRecord(

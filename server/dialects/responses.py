@@ -7,7 +7,7 @@ a TurnRequest of it once the history it names has been loaded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -94,6 +94,8 @@ class ParsedResponse(msgspec.Struct, frozen=True, kw_only=True):
     instructions: str | None
     previous_response_id: str | None
     conversation_id: str | None
+    conversation_after: str | msgspec.UnsetType | None
+    """The item that the turn goes after, None for nothing; unset: the head."""
     store: bool
     stream: bool
     background: bool
@@ -128,7 +130,7 @@ def parse(body: object, model: ModelInfo) -> ParsedResponse:
     sampling = read_sampling(
         fields, vocab_size=model.vocab_size, max_tokens=max_tokens, logprobs=logprobs
     )
-    previous, conversation = _links(fields)
+    previous, conversation, after = _links(fields)
     store = fields.boolean("store", True)
     background = fields.boolean("background", False)
     if background and not store:
@@ -158,10 +160,12 @@ def parse(body: object, model: ModelInfo) -> ParsedResponse:
         echoed["conversation"] = {"id": conversation}
     return ParsedResponse(
         model=name,
-        input_items=read_items(fields, "input"),
+        # Nothing new to say: what the branch ends with is to be answered (again).
+        input_items=[] if after and fields.raw("input") == [] else read_items(fields, "input"),
         instructions=instructions,
         previous_response_id=previous,
         conversation_id=conversation,
+        conversation_after=after,
         store=store,
         stream=fields.boolean("stream", False),
         background=background,
@@ -183,10 +187,12 @@ def to_turn(
     history: Sequence[dict[str, Any]] = (),
     previous_ids: Sequence[str] = (),
     keep_history: bool = False,
+    after: str | msgspec.UnsetType | None = msgspec.UNSET,
 ) -> TurnRequest:
     """Return the turn: instructions, then the history, then the new input.
 
-    With ``keep_history`` the history is stored with the turn: it is nowhere else.
+    With ``keep_history`` the history is stored with the turn: it is nowhere else. ``after`` is the
+    item of the conversation that the turn's items go after.
     """
     messages = items_to_messages([*history, *parsed.input_items])
     if parsed.instructions is not None:
@@ -208,6 +214,7 @@ def to_turn(
         response_fields=parsed.echoed,
         turn_id=turn_id,
         conversation_id=parsed.conversation_id,
+        conversation_after=after,
         previous_ids=list(previous_ids),
         input_items=[*history, *parsed.input_items] if keep_history else parsed.input_items,
     )
@@ -256,14 +263,24 @@ def _includes(fields: Fields, name: str) -> bool:
     return name in include
 
 
-def _links(fields: Fields) -> tuple[str | None, str | None]:
+class _Links(NamedTuple):
+    previous_response_id: str | None
+    conversation_id: str | None
+    conversation_after: str | msgspec.UnsetType | None
+
+
+def _links(fields: Fields) -> _Links:
     """Read ``previous_response_id`` and ``conversation`` (an id, or an object with one)."""
     previous = fields.string("previous_response_id", empty=False, max_len=128)
+    after: str | msgspec.UnsetType | None = msgspec.UNSET
     if isinstance(fields.raw("conversation"), dict):
         inner = fields.inner("conversation")
         assert inner is not None
         inner.required("id")
         conversation = inner.string("id", empty=False, max_len=128)
+        if "after" in fields.raw("conversation"):
+            # Here null says something: after nothing, a beginning of its own.
+            after = inner.string("after", empty=False, max_len=128)
     else:
         conversation = fields.string("conversation", empty=False, max_len=128)
     if previous is not None and conversation is not None:
@@ -272,4 +289,4 @@ def _links(fields: Fields) -> tuple[str | None, str | None]:
             param="previous_response_id",
             code="invalid_value",
         )
-    return previous, conversation
+    return _Links(previous, conversation, after)

@@ -23,9 +23,10 @@ from server.openapi.parts import (
 from server.openapi.resuming import IDEMPOTENCY_KEY, LAST_EVENT_ID, ON_DISCONNECT, query
 from server.openapi.sampling import PRIORITY, RETURN_TOKEN_IDS, SAMPLING, STREAM
 from server.openapi.tools import EFFORT, RESPONSE_TOOL_FIELDS, TEMPLATE_KWARGS
+from server.openapi.tools import ITEM_SCHEMAS as TOOL_ITEMS
 from server.openapi.tools import SCHEMAS as TOOL_SCHEMAS
 
-__all__ = ["PATHS", "SCHEMAS"]
+__all__ = ["ITEM_SCHEMAS", "LIST_QUERY", "PATHS", "SCHEMAS"]
 
 _IGNORED: Schema = {"description": "Accepted, and of no effect."}
 _NULL: Schema = {"type": "null"}
@@ -40,8 +41,18 @@ _TEXT_FORMAT = obj(
     is_open=True,
 )
 
+_INPUT = one_of(
+    INPUT,
+    array(
+        {},
+        "Nothing new: with `conversation.after`, a message of the user or an output of a call "
+        "that is answered (again).",
+        maxItems=0,
+    ),
+)
+
 _REQUEST = obj(
-    {"model": string("The served model's name."), "input": INPUT},
+    {"model": string("The served model's name."), "input": _INPUT},
     {
         "instructions": nullable(string("A system message in front of everything.")),
         "previous_response_id": nullable(
@@ -50,7 +61,20 @@ _REQUEST = obj(
         "conversation": nullable(
             one_of(
                 string(minLength=1),
-                obj({"id": string(minLength=1)}, is_open=True),
+                obj(
+                    {"id": string(minLength=1)},
+                    {
+                        "after": nullable(
+                            string(
+                                "The item that the response goes after, in a branch of its own; "
+                                "null: after nothing. Default: the head.",
+                                minLength=1,
+                                maxLength=128,
+                            )
+                        )
+                    },
+                    is_open=True,
+                ),
                 text="The conversation that is gone on with, and gets the new items.",
             )
         ),
@@ -136,19 +160,23 @@ _RESPONSE = obj(
     },
 )
 
+_MESSAGE = obj(
+    {
+        "id": string(),
+        "type": enum("message"),
+        "status": enum("in_progress", "completed", "incomplete"),
+        "role": enum("user", "assistant", "system", "developer"),
+        "content": array(one_of(ref("InputText"), ref("OutputText"))),
+    }
+)
+ITEM_SCHEMAS: dict[str, Schema] = {"Message": _MESSAGE, **TOOL_ITEMS}
+
 SCHEMAS: dict[str, Schema] = {
     "ResponseRequest": _REQUEST,
     "Response": _RESPONSE,
     "ResponseUsage": _USAGE,
-    "Message": obj(
-        {
-            "id": string(),
-            "type": enum("message"),
-            "status": enum("in_progress", "completed", "incomplete"),
-            "role": enum("user", "assistant", "system", "developer"),
-            "content": array(one_of(ref("InputText"), ref("OutputText"))),
-        }
-    ),
+    **ITEM_SCHEMAS,
+    "Item": one_of(*(ref(name) for name in ITEM_SCHEMAS)),
     **CONTENT_PARTS,
     **TOOL_SCHEMAS,
     "ItemList": obj(

@@ -29,6 +29,7 @@ __all__ = [
     "GIVEN_CALL",
     "GIVEN_OUTPUT",
     "GIVEN_REASONING",
+    "ITEM_SCHEMAS",
     "RESPONSE_TOOL_FIELDS",
     "SCHEMAS",
     "TEMPLATE_KWARGS",
@@ -137,7 +138,7 @@ GIVEN_REASONING = obj(
 )
 
 _STATUS = enum("in_progress", "completed", "incomplete")
-SCHEMAS: dict[str, Schema] = {
+ITEM_SCHEMAS: dict[str, Schema] = {
     "FunctionCall": obj(
         {
             "id": string(),
@@ -167,8 +168,7 @@ SCHEMAS: dict[str, Schema] = {
             "content": array(ref("ReasoningText")),
         }
     ),
+}
+SCHEMAS: dict[str, Schema] = {
     "ReasoningText": obj({"type": enum("reasoning_text"), "text": string()}),
-    "Item": one_of(
-        ref("Message"), ref("Reasoning"), ref("FunctionCall"), ref("FunctionCallOutput")
-    ),
 }

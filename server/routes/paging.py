@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from aiohttp import web
 
@@ -11,28 +11,36 @@ from server.dialects.fields import show
 from server.errors import ApiError, invalid
 from server.paging import page_of
 
-__all__ = ["cut_page", "query_flag", "query_integer"]
+__all__ = ["PageQuery", "cut_page", "page_query", "query_flag", "query_integer"]
 
 MAX_LIMIT = 100
 DEFAULT_LIMIT = 20
 
 
-def cut_page(http: web.Request, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the list object of the part that ``after``, ``limit`` and ``order`` ask for.
+class PageQuery(TypedDict):
+    """Which part of a list is asked for."""
 
-    Raises ApiError 400.
-    """
+    after: str | None
+    limit: int
+    newest_first: bool
+
+
+def cut_page(http: web.Request, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the list object of the part that is asked for. Raises ApiError 400."""
+    return page_of(items, **page_query(http)).body()
+
+
+def page_query(http: web.Request) -> PageQuery:
+    """Read ``after``, ``limit`` and ``order``. Raises ApiError 400."""
     order = http.query.get("order", "desc")
     if order not in ("asc", "desc"):
         raise _wrong("order", order, "'asc' or 'desc'")
     limit = query_integer(http, "limit", least=1, most=MAX_LIMIT)
-    page = page_of(
-        items,
-        after=http.query.get("after"),
-        limit=DEFAULT_LIMIT if limit is None else limit,
-        newest_first=order == "desc",
-    )
-    return page.body()
+    return {
+        "after": http.query.get("after"),
+        "limit": DEFAULT_LIMIT if limit is None else limit,
+        "newest_first": order == "desc",
+    }
 
 
 def query_integer(

@@ -120,8 +120,8 @@ async def test_items_know_their_parents() -> None:
     conversations = Sessions(store, journals, retention_s=100).conversations
     record = await conversations.create("me", {}, [{"id": "a"}, {"id": "b"}])
     await conversations.add_items(record.conversation_id, "me", [{"id": "c"}])
-    stored = await conversations._items(record.conversation_id)
-    assert [(one.item["id"], one.parent) for one in stored] == [
+    stored = await conversations.tree(record.conversation_id, "me")
+    assert [(one["id"], one["parent_id"]) for one in stored] == [
         ("a", None),
         ("b", "a"),
         ("c", "b"),
@@ -199,13 +199,13 @@ async def test_claim_of_a_dead_replica_is_taken_over() -> None:
     ours = Sessions(store, alive, retention_s=100).conversations
     conversation = (await theirs.create("me", {}, [])).conversation_id
     await theirs.claim(conversation, "me", "resp_1", num_new=1)
-    with pytest.raises(Exception, match="Another response"):
+    with pytest.raises(Exception, match="response is being made"):
         await ours.claim(conversation, "me", "resp_2", num_new=1)
     await dead.close()
     await ours.claim(conversation, "me", "resp_2", num_new=1)
     # What the dead one might still say does not let go of our claim.
-    await theirs.release(conversation, "resp_1")
-    with pytest.raises(Exception, match="Another response"):
+    await theirs.claims.release(conversation, "resp_1")
+    with pytest.raises(Exception, match="response is being made"):
         await ours.claim(conversation, "me", "resp_3", num_new=1)
     await alive.close()
     await store.close()
@@ -278,7 +278,7 @@ async def test_bad_pages(query: str) -> None:
 
 
 async def test_full_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.conversations.MAX_ITEMS", 3)
+    monkeypatch.setattr("server.conversations.store.MAX_ITEMS", 3)
     async with serving(ScriptedEngine(say("yes"))) as server:
         conversation = await new_conversation(server, items=[{"role": "user", "content": "x"}])
         fields = {**BODY, "conversation": conversation}
@@ -306,16 +306,16 @@ async def _refuse(*_: Any) -> None:
 async def test_an_append_whose_answer_got_lost_is_repeated_without_a_trace() -> None:
     store = await memory_store()
     conversations = Sessions(store, Journals(store), retention_s=60).conversations
-    items: list[dict[str, Any]] = [{"id": name, "type": "message"} for name in "abcd"]
+    items: list[dict[str, Any]] = [{"id": name, "type": "reasoning"} for name in "abcd"]
     record = await conversations.create("", {}, items[:1])
     chat = record.conversation_id
     await conversations.append(chat, items[1:3])
-    before = await conversations._items(chat)
+    before = await conversations.tree(chat, "")
     await conversations.append(chat, items[1:3])
-    assert await conversations._items(chat) == before
-    assert [stored.parent for stored in before] == [None, "a", "b"]
+    assert await conversations.tree(chat, "") == before
+    assert [stored["parent_id"] for stored in before] == [None, "a", "b"]
     # A part of it that is new goes behind.
     await conversations.append(chat, items[1:])
-    assert (await conversations._items(chat))[:3] == before
-    assert (await conversations._items(chat))[3].parent == "c"
+    assert (await conversations.tree(chat, ""))[:3] == before
+    assert (await conversations.tree(chat, ""))[3]["parent_id"] == "c"
     await store.close()
