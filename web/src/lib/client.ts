@@ -3,11 +3,13 @@
  *
  * Where no socket opens, as behind some proxies, turns go over HTTP with server-sent events instead.
  */
+import { conversationOf, type Conversation, type ConversationObject, type ConversationPage } from "./conversations";
 import { explainBody, UNREACHABLE } from "./problem";
 import { Refused, Silent, type Transport } from "./run";
 import { NeverOpened, SocketTurns } from "./sockets";
 import { SseParser } from "./sse";
-import { parseEvent, type Item, type ItemList, type ResponseObject, type TurnEvent } from "./wire";
+import { Tree, type TreeItem } from "./tree";
+import { parseEvent, type ItemList, type ResponseObject, type TurnEvent } from "./wire";
 
 /** The server sends a comment every 15 s; silence beyond this means that the connection may be dead. */
 const SILENCE_MS = 20_000;
@@ -40,35 +42,64 @@ export class Client implements Transport {
     return data.map(({ id }) => id);
   }
 
-  async createConversation(): Promise<string> {
-    const { id } = (await this.#json("POST", "v1/conversations", {})) as { id: string };
-    return id;
+  /** Lists conversations, newest first, or those that have all words of `query`. */
+  async conversations(query: string, after: string | null = null): Promise<ConversationPage> {
+    const params = new URLSearchParams({ limit: String(PAGE_SIZE) });
+    if (query !== "") params.set("query", query);
+    if (after !== null) params.set("after", after);
+    const page = (await this.#json("GET", `v1/conversations?${params.toString()}`)) as {
+      data: ConversationObject[];
+      has_more: boolean;
+      searched?: number;
+    };
+    return { entries: page.data.map(conversationOf), hasMore: page.has_more, searched: page.searched ?? null };
+  }
+
+  async createConversation(title: string): Promise<Conversation> {
+    return conversationOf((await this.#json("POST", "v1/conversations", { title })) as ConversationObject);
+  }
+
+  async conversation(id: string): Promise<Conversation> {
+    return conversationOf((await this.#json("GET", conversationPath(id))) as ConversationObject);
+  }
+
+  /** Changes the title, or which branch is shown: that to `head`, with `descend` to the newest leaf after it. */
+  async updateConversation(id: string, change: { title: string } | { head: string; descend: boolean }): Promise<Conversation> {
+    return conversationOf((await this.#json("POST", conversationPath(id), change)) as ConversationObject);
+  }
+
+  /** Copies the path to the item `after` into a new conversation. */
+  async fork(id: string, after: string, title: string): Promise<Conversation> {
+    return conversationOf((await this.#json("POST", `${conversationPath(id)}/fork`, { after, title })) as ConversationObject);
   }
 
   async deleteConversation(id: string): Promise<void> {
     try {
-      await this.#json("DELETE", `v1/conversations/${encodeURIComponent(id)}`);
+      await this.#json("DELETE", conversationPath(id));
     } catch (error) {
       if (!(error instanceof Refused && error.problem.kind === "gone")) throw error;
     }
   }
 
-  /** Returns all items of a conversation, oldest first. */
-  async items(conversationId: string): Promise<Item[]> {
-    const items: Item[] = [];
-    const path = `v1/conversations/${encodeURIComponent(conversationId)}/items?order=asc&limit=${PAGE_SIZE}`;
+  /** Returns a conversation's items on all branches. */
+  async tree(id: string): Promise<Tree> {
+    const items: TreeItem[] = [];
+    const path = `${conversationPath(id)}/items?tree=true&order=asc&limit=${PAGE_SIZE}`;
+    // The head first: it is among the items that are read after it.
+    const { head } = await this.conversation(id);
     let after = "";
     for (;;) {
       const page = (await this.#json("GET", path + after)) as ItemList;
-      items.push(...page.data);
+      items.push(...(page.data as TreeItem[]));
       const last = page.last_id ?? page.data.at(-1)?.id;
-      if (page.has_more !== true || last == null) return items;
+      if (page.has_more !== true || last == null) return new Tree(items, head);
       after = `&after=${encodeURIComponent(last)}`;
     }
   }
 
-  async deleteItem(conversationId: string, itemId: string): Promise<void> {
-    await this.#json("DELETE", `v1/conversations/${encodeURIComponent(conversationId)}/items/${encodeURIComponent(itemId)}`);
+  /** Deletes an item and all that comes after it. */
+  async deleteFrom(conversationId: string, itemId: string): Promise<void> {
+    await this.#json("DELETE", `${conversationPath(conversationId)}/items/${encodeURIComponent(itemId)}?subtree=true`);
   }
 
   async response(id: string): Promise<ResponseObject> {
@@ -158,6 +189,10 @@ export class Client implements Transport {
     if (!response.ok) throw new Refused(explainBody(response.status, await response.text()));
     return response;
   }
+}
+
+function conversationPath(id: string): string {
+  return `v1/conversations/${encodeURIComponent(id)}`;
 }
 
 /** Aborts its signal when a wait takes too long. */

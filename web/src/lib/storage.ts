@@ -1,18 +1,16 @@
 /**
- * What this browser keeps: which conversations are its own, settings, and figures of past answers.
- * Conversations' ids are unguessable, so a browser only ever sees those it began itself.
+ * What this browser keeps: settings, which conversation is open, turns that run, and figures of past
+ * answers. The conversations themselves are the server's.
  */
 import { readPending, type Pending } from "./pending";
 import type { Notes } from "./thread";
 
-export interface Conversation {
+/** A conversation as earlier pages kept it here. */
+export interface OldConversation {
   id: string;
   title: string;
-  /** Milliseconds since the epoch. */
-  createdAt: number;
   updatedAt: number;
 }
-
 
 const PREFIX = "millrace.";
 const MAX_NOTES = 200;
@@ -42,13 +40,10 @@ export class BrowserStore {
     }
   }
 
-  conversations(): Conversation[] {
+  /** The list that earlier pages kept here, oldest first. */
+  oldConversations(): OldConversation[] {
     const stored = this.read("conversations");
-    return Array.isArray(stored) ? stored.filter(isConversation) : [];
-  }
-
-  saveConversations(list: readonly Conversation[]): void {
-    this.write("conversations", list);
+    return Array.isArray(stored) ? stored.filter(isOldConversation).sort((a, b) => a.updatedAt - b.updatedAt) : [];
   }
 
   notes(conversationId: string): Notes {
@@ -73,7 +68,6 @@ export class BrowserStore {
   forget(conversationId: string): void {
     this.write(`notes.${conversationId}`, null);
     this.savePending(conversationId, null);
-    this.saveConversations(this.conversations().filter(({ id }) => id !== conversationId));
   }
 
   #record(name: string): Record<string, unknown> {
@@ -82,12 +76,7 @@ export class BrowserStore {
   }
 }
 
-function isConversation(value: unknown): value is Conversation {
-  const entry = value as Partial<Conversation> | null;
-  return (
-    typeof entry?.id === "string" &&
-    typeof entry.title === "string" &&
-    typeof entry.createdAt === "number" &&
-    typeof entry.updatedAt === "number"
-  );
+function isOldConversation(value: unknown): value is OldConversation {
+  const entry = value as Partial<OldConversation> | null;
+  return typeof entry?.id === "string" && typeof entry.title === "string" && typeof entry.updatedAt === "number";
 }
