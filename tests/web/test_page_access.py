@@ -91,12 +91,13 @@ def test_conversations_can_be_reached_and_renamed_by_keyboard(page: Page) -> Non
     ask(page, "New")
     page.get_by_role("button", name="New chat").focus()
     names = []
-    for _ in range(6):
+    for _ in range(7):
         page.keyboard.press("Tab")
         names.append(
             page.evaluate("document.activeElement.ariaLabel ?? document.activeElement.innerText")
         )
-    assert names == ["New", "Rename “New”", "Delete “New”", "Old", "Rename “Old”", "Delete “Old”"]
+    rows = ["New", "Rename “New”", "Delete “New”", "Old", "Rename “Old”", "Delete “Old”"]
+    assert names == ["Search conversations", *rows]
     page.keyboard.press("Shift+Tab")
     page.keyboard.press("Enter")
     page.keyboard.type("Renamed")

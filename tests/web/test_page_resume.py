@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ WORDS = " ".join(f"word{number}" for number in range(40))
 BACK = re.compile("Reconnected; (continuing…|the answer is complete.)")
 # Ten seconds of silence make the page suspicious, ten more without an answer make it sure.
 SUSPICION_MS = 45_000
+TAKEOVER_S = 60.0
 
 
 @pytest.fixture
@@ -73,11 +75,25 @@ def assert_unfinished(page: Page) -> None:
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
 
 
+def stored_response(url: str, response_id: str) -> dict[str, Any]:
+    """What a server has of an answer."""
+    with urllib.request.urlopen(f"{url}v1/responses/{response_id}", timeout=20) as answer:
+        stored: dict[str, Any] = json.load(answer)
+    return stored
+
+
+def wait_for_completion(url: str, response_id: str) -> None:
+    """Wait until a server has gone on with a dead one's answer to its end."""
+    give_up_s = time.monotonic() + TAKEOVER_S
+    while stored_response(url, response_id)["status"] != "completed":
+        assert time.monotonic() < give_up_s, "nobody went on with the answer"
+        time.sleep(0.1)
+
+
 def assert_whole(page: Page, url: str, response_id: str) -> None:
     """The answer has ended as a whole one, and is the stored one."""
     expect(last_answer(page)).to_have_attribute("aria-busy", "false", timeout=SUSPICION_MS)
-    with urllib.request.urlopen(f"{url}v1/responses/{response_id}", timeout=20) as answer:
-        stored: dict[str, Any] = json.load(answer)
+    stored = stored_response(url, response_id)
     text = "".join(part["text"] for item in stored["output"] for part in item["content"])
     assert (stored["status"], text) == ("completed", WORDS)
     expect(last_answer(page).locator(".prose")).to_have_text(text)
@@ -180,7 +196,7 @@ def test_page_that_was_frozen_and_comes_back(page: Page, held: PageServer) -> No
 def test_quiet_wait_is_no_break(page: Page, held: PageServer) -> None:
     """A model that thinks for long is not a dead connection."""
     response_id = begin(page, held_let(held))
-    with page.expect_request(re.compile("stream=true"), timeout=SUSPICION_MS):
+    with page.expect_response(re.compile("stream=true"), timeout=SUSPICION_MS):
         pass
     silent_for_a_second(page)
     expect(notice(page)).to_have_text("")
@@ -211,6 +227,10 @@ class TestStoreLoss:
         expect(alert).to_contain_text("The server no longer has this answer")
         expect(last_answer(page).locator(".cut")).to_have_text("Cut off")
         expect(last_answer(page).locator(".prose")).to_have_text("word0 word1 word")
+        expect(page.get_by_text("Connected")).to_be_attached()
+        alert.get_by_role("button", name="Ask again in a new chat").click()
+        wait_for_end(page)
+        expect(last_answer(page).locator(".prose")).to_have_text(WORDS)
 
     def test_even_after_a_reload(self, page: Page, held: PageServer) -> None:
         begin(page, held_let(held))
@@ -274,6 +294,7 @@ class TestKilledServer:
             response_id = begin(page, process.let)
             process.kill()
             expect(notice(page)).to_have_text("Connection lost. Trying again…")
+            wait_for_completion(other.url, response_id)
             process.restart()
             expect(notice(page)).to_have_text(BACK)
             assert_whole(page, process.url, response_id)

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.browser
 HELD = "Tell me slowly"
 WORDS = "one two three four five six"
 KEY = "key-of-this-test-0123456789"
+OTHER_KEY = "another-key-of-this-test-0123456789"
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ class TestApiKey:
     @pytest.fixture
     def server(self, tmp_path: Path) -> Iterator[PageServer]:
         keys = tmp_path / "keys"
-        keys.write_text(f"{KEY}\n")
+        keys.write_text(f"{KEY}\n{OTHER_KEY}\n")
         keys.chmod(0o600)
         with PageServer(api_key_file=keys) as server:
             yield server
@@ -155,13 +156,9 @@ class TestApiKey:
         expect(last_answer(page).locator(".prose")).to_have_text("You said: Open")
         assert KEY not in page.content()
 
-    def test_only_who_has_the_key_sees_the_conversations(
-        self, open_page: OpenPage, tmp_path: Path
-    ) -> None:
-        other = "another-key-of-this-test-0123456789"
-        (tmp_path / "keys").write_text(f"{KEY}\n{other}\n")
+    def test_only_who_has_the_key_sees_the_conversations(self, open_page: OpenPage) -> None:
         mine, again, theirs = (open_page(noisy=True) for _ in range(3))
-        for page, key in ((mine, KEY), (again, KEY), (theirs, other)):
+        for page, key in ((mine, KEY), (again, KEY), (theirs, OTHER_KEY)):
             page.get_by_role("button", name="Settings").click()
             page.get_by_label("API key").fill(key)
             page.get_by_role("button", name="Done").click()

@@ -23,10 +23,17 @@ describe("advance", () => {
     const half = play(events.slice(0, 5));
     expect(half.text).toBe("a");
     for (const again of events.slice(0, 5)) expect(advance(half, again, 0)).toEqual([half, "duplicate"]);
-    const later = events[6];
+    const later = events[7];
     if (later === undefined) throw new Error("too few events");
     expect(advance(half, later, 0)).toEqual([half, "gap"]);
     expect(play(events, half).text).toBe("abc");
+  });
+
+  it("takes deltas that the server merged for a reader that lags", () => {
+    const events = answerEvents(["a", "b", "c"]);
+    const [state, verdict] = advance(play(events.slice(0, 5)), delta("bc", 6), 0);
+    expect([state.text, state.lastSequence, verdict]).toEqual(["abc", 6, "applied"]);
+    expect(play(events, state)).toMatchObject({ text: "abc", phase: "completed" });
   });
 
   it("gives the same text wherever the stream is cut and resumed", () => {

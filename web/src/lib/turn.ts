@@ -97,7 +97,8 @@ export function advance(state: TurnState, event: TurnEvent, now: number): [TurnS
   if (sequence < expected) return [state, "duplicate"];
   // It stands for the events that are lost, and its number is that of the last of them.
   if (event.type === "response.millrace.discontinuity") return [{ ...state, lastSequence: sequence, hole: true }, "applied"];
-  if (sequence > expected) return [state, "gap"];
+  // To a reader that lags the server sends several deltas of text as one, with the last one's number.
+  if (sequence > expected && event.type !== "response.output_text.delta") return [state, "gap"];
   return [apply({ ...state, lastSequence: sequence }, event, now), "applied"];
 }
 

@@ -10,6 +10,10 @@ export function onWake(woken: () => void): () => void {
   const shown = (): void => {
     if (!document.hidden) woken();
   };
+  // Every page is shown once when it is loaded; only one out of the browser's cache was away.
+  const restored = ({ persisted }: PageTransitionEvent): void => {
+    if (persisted) woken();
+  };
   let last = Date.now();
   const timer = setInterval(() => {
     const now = Date.now();
@@ -17,13 +21,13 @@ export function onWake(woken: () => void): () => void {
     last = now;
   }, TICK_MS);
   window.addEventListener("online", woken);
-  window.addEventListener("pageshow", shown);
+  window.addEventListener("pageshow", restored);
   document.addEventListener("resume", shown);
   document.addEventListener("visibilitychange", shown);
   return () => {
     clearInterval(timer);
     window.removeEventListener("online", woken);
-    window.removeEventListener("pageshow", shown);
+    window.removeEventListener("pageshow", restored);
     document.removeEventListener("resume", shown);
     document.removeEventListener("visibilitychange", shown);
   };

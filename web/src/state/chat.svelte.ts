@@ -183,6 +183,15 @@ export class Chat {
     await this.#with((model) => this.thread.answer(message, model, this.settings));
   }
 
+  /** Asks a question again in a new conversation, for the server has lost this one. */
+  async askAnew(at: number): Promise<void> {
+    const message = this.thread.messages[at];
+    if (message?.role !== "user") return;
+    this.open(null);
+    if (this.blocked === null) await this.send(message.text);
+    else this.thread.draft = message.text;
+  }
+
   async #with(work: (model: string) => Promise<void>): Promise<void> {
     if (this.blocked !== null || this.model === null || this.thread.busy) return;
     await work(this.model);
