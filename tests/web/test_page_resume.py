@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, WebSocketRoute, expect
 
 from tests.web.conftest import WAIT_MS, OpenPage
 from tests.web.page_process import PageProcess, RedisProcess, free_port
@@ -203,6 +203,35 @@ def test_quiet_wait_is_no_break(page: Page, held: PageServer) -> None:
     held.release(HELD)
     expect(last_answer(page)).to_have_attribute("aria-busy", "false")
     expect(last_answer(page).locator(".facts")).not_to_contain_text("Resumed")
+    assert_whole(page, held.url, response_id)
+
+
+def test_lost_events_are_shown_as_a_hole_until_the_end_fills_it(
+    page: Page, held: PageServer
+) -> None:
+    def lossy(route: WebSocketRoute) -> None:
+        there = route.connect_to_server()
+        route.on_message(there.send)
+
+        def forward(message: str | bytes) -> None:
+            event = json.loads(message)
+            number = event["sequence_number"]
+            if number == 8:
+                event = {"type": "response.millrace.discontinuity", "sequence_number": 8}
+                event |= {"first_lost": 7, "last_lost": 8}
+            if number != 7:
+                route.send(json.dumps(event))
+
+        there.on_message(forward)
+
+    page.route_web_socket(re.compile("/v1/responses"), lossy)
+    response_id = begin(page, held_let(held))
+    held.let(HELD, 5)
+    lost = last_answer(page).get_by_text("The server lost a part of this answer")
+    expect(lost).to_be_visible()
+    assert_unfinished(page)
+    held.release(HELD)
+    expect(lost).to_have_count(0)
     assert_whole(page, held.url, response_id)
 
 

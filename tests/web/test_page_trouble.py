@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, WebSocketRoute, expect
 
 from engine import EngineState
 from tests.web.conftest import OpenPage
@@ -101,6 +102,25 @@ def test_question_that_cannot_be_sent_can_be_tried_again_or_edited(
     )
     page.reload()
     expect(page.get_by_role("article", name="You")).to_have_text(["Before", "Into the open"])
+
+
+def test_question_that_arrived_though_nobody_said_so(page: Page, server: PageServer) -> None:
+    def deaf(route: WebSocketRoute) -> None:
+        there = route.connect_to_server()
+        route.on_message(there.send)
+        there.on_message(lambda _: route.close())
+
+    page.route_web_socket(re.compile("/v1/responses"), deaf)
+    send(page, "Did you hear?")
+    expect(
+        last_answer(page).get_by_role("alert").or_(last_answer(page).locator(".prose"))
+    ).to_be_visible()
+    server.call(server.engine.settle())
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    expect(answers(page).locator(".prose")).to_have_text(["You said: Did you hear?"])
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(page.get_by_role("article", name="You")).to_have_text(["Did you hear?"])
+    assert len(server.engine.requests) == 1
 
 
 def test_stop_while_the_server_is_away(page: Page, held: PageServer) -> None:

@@ -85,6 +85,7 @@ export class Chat {
   #wake(): void {
     this.#client.wake();
     for (const thread of this.#open()) thread.nudge();
+    void this.thread.refresh();
     void this.check();
     void this.list.load();
   }
@@ -99,7 +100,10 @@ export class Chat {
     const before = this.health;
     const health = await this.#client.ready();
     this.health = health;
-    if (health === "ready" && before === "away") for (const thread of this.#open()) thread.nudge();
+    if (health === "ready" && before === "away") {
+      for (const thread of this.#open()) thread.nudge();
+      void this.thread.refresh();
+    }
     if (health === "ready" && (before !== "ready" || this.models.length === 0)) await this.#loadModels();
     clearTimeout(this.#timer);
     this.#timer = setTimeout(() => void this.check(), health === "ready" ? HEALTHY_POLL_MS : AWAY_POLL_MS);
@@ -148,7 +152,7 @@ export class Chat {
     if (id === null && this.thread.id === null && this.thread.messages.length === 0) return;
     this.thread = this.#threadOf(id);
     this.#store.write("open", id);
-    void this.thread.load();
+    void this.thread.open();
   }
 
   /** Why nothing can be sent now, or null. */

@@ -4,13 +4,14 @@
 import type { Client } from "../lib/client";
 import type { Conversation } from "../lib/conversations";
 import { pendingOf, restored, type Pending } from "../lib/pending";
-import { explain, GONE, type Problem } from "../lib/problem";
+import { explain, GONE, UNCONFIRMED, type Problem } from "../lib/problem";
 import { Refused, TurnRun } from "../lib/run";
 import { requestFields, type Settings } from "../lib/settings";
 import type { BrowserStore } from "../lib/storage";
 import { messagesOf, messagesWith, noteOf, titleFrom, withTurn, type Live, type Message, type UserMessage } from "../lib/thread";
 import { Tree } from "../lib/tree";
 import { breakOff, fail, isEnded, newTurn, type TurnState } from "../lib/turn";
+import { itemText } from "../lib/wire";
 import { CLOCK } from "./clock";
 import { FrameBatch } from "./frames";
 
@@ -66,6 +67,11 @@ export class Thread {
 
   // Loading
 
+  /** Shows what the server has now. */
+  async open(): Promise<void> {
+    await (this.#loaded ? this.refresh() : this.load());
+  }
+
   /** Reads the conversation once, and picks up a turn that was running when the page was left. */
   async load(): Promise<void> {
     if (this.#loaded || this.loading || this.id === null) return;
@@ -101,7 +107,7 @@ export class Thread {
     if (pending === null) return;
     this.#store.savePending(id, null);
     const { question, after, responseId } = pending;
-    const stored = this.#tree.children(after).some((one) => this.messages.some(({ role, place }) => role === "user" && place.first === one));
+    const stored = this.#tree.children(after).some((one) => itemText(this.#tree.item(one) ?? { type: "" }) === question);
     // Never confirmed and not stored: give the question back rather than lose it.
     if (question !== null && responseId === null && !stored && this.draft === "") this.draft = question;
   }
@@ -129,11 +135,13 @@ export class Thread {
   /** Reads the tree again, for instance because another page may have changed it. */
   async refresh(): Promise<void> {
     if (this.id === null || !this.#loaded || this.busy) return;
+    const before = this.#tree;
     try {
       const tree = await this.#client.tree(this.id);
-      if (this.busy) return;
+      // A turn that began, or ended, meanwhile knows better.
+      if (this.busy || this.#tree !== before) return;
+      if (this.#stale || this.#arrived(tree)) this.#live = null;
       this.#tree = tree;
-      if (this.#stale) this.#live = null;
       this.#stale = false;
       this.#show();
     } catch (error) {
@@ -141,6 +149,14 @@ export class Thread {
       if (problem.kind === "gone" && this.#live === null) this.#events.gone(this, problem);
       else this.#events.failed(problem);
     }
+  }
+
+  /** Whether a turn that the server never confirmed is in its tree all the same. */
+  #arrived(tree: Tree): boolean {
+    const live = this.#live;
+    if (live === null || live.state.responseId !== null) return false;
+    const fresh = tree.children(live.after).filter((id) => !this.#tree.has(id));
+    return fresh.some((id) => live.question === null || itemText(tree.item(id) ?? { type: "" }) === live.question);
   }
 
   #show(): void {
@@ -172,13 +188,17 @@ export class Thread {
   }
 
   /** Has a question answered (again), in a branch of its own. */
-  async answer(message: Message, model: string, settings: Settings): Promise<void> {
+  async answer(asked: Message, model: string, settings: Settings): Promise<void> {
+    await this.#settled;
+    // An answer that was just made may have found its place meanwhile.
+    const message = asked.place.first === null ? (this.messages.at(-1) ?? asked) : asked;
     if (message.role === "user" && message.place.first !== null) await this.#begin(null, message.place.first, model, settings);
     else if (message.place.first !== null) await this.#begin(null, message.place.parent, model, settings);
     else if (this.#live !== null) await this.#begin(this.#live.question, this.#live.after, model, settings);
   }
 
   async #begin(question: string | null, after: string | null, model: string, settings: Settings): Promise<void> {
+    await this.#settled;
     if (this.busy) return;
     this.busy = true;
     const first = newTurn(CLOCK.now());
@@ -243,8 +263,11 @@ export class Thread {
     // What broke off may still be running, and can be found again after a reload.
     if (state.phase !== "broken") this.#store.savePending(this.id, null);
     if (state.problem !== null) this.#events.failed(state.problem);
-    // What failed or broke off is not (yet) stored: it stays as it is.
-    if (state.phase === "failed" || state.phase === "broken") return;
+    // What failed or broke off is not (yet) stored: it stays as it is, unless it turns up after all.
+    if (state.phase === "failed" || state.phase === "broken") {
+      if (state.problem === UNCONFIRMED) void this.refresh();
+      return;
+    }
     if (state.itemId !== null) {
       this.#store.saveNote(this.id, state.itemId, noteOf(state));
       this.#turns.set(state.itemId, state);
@@ -279,7 +302,6 @@ export class Thread {
   nudge(): void {
     this.#run?.nudge();
     if (this.loadProblem?.retryable === true) void this.load();
-    else void this.refresh();
   }
 
   /** Leaves the running turn to itself; the server finishes it. */
