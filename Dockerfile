@@ -17,6 +17,8 @@ WORKDIR /opt/millrace
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 COPY pyproject.toml constraints.txt README.md LICENSE ./
+# PyTorch's CUDA wheels name the Triton that they were built with.
+RUN test -z "$CUDA" || sed -i '/^triton==/d' constraints.txt
 RUN pip install --no-cache-dir torch -c constraints.txt ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX}
 COPY kernels kernels
 COPY engine engine

@@ -17,7 +17,7 @@ help:
 	@echo "make setup    only the set-up: .venv with the command .venv/bin/millrace"
 	@echo "make page     build the chat page (Node.js 20 or newer)"
 	@echo "make bench    the benchmark tables (quiet machine; BENCH=engine|serve for one)"
-	@echo "make chaos    harm real servers for long and print the reliability table (SEED, COUNT; needs Redis)"
+	@echo "make chaos    harm real servers for long and print the reliability table (SEED; COUNT for short; needs Redis)"
 	@echo "make pebble   train the bundled model anew (DATA=folder of packed text, MINUTES=90)"
 	@echo "make evaluate the tables of the model card (DATA=the same folder, MODEL, CARD=file to update)"
 
@@ -79,11 +79,12 @@ bench: $(DEV)
 	@for table in $(BENCH); do $(BIN)/python -m tests.bench.$$table || exit 1; done
 
 SEED  ?= 1
-COUNT ?= 100
+COUNT ?=
 chaos: $(DEV) system-packages
 	@status=0; \
-	$(BIN)/python -m tests.chaos --seed $(SEED) --count $(COUNT) || status=1; \
-	$(BIN)/python -m tests.fuzz --seed $(SEED) --requests $$((100 * $(COUNT))) --frames $$((100 * $(COUNT))) || status=1; \
+	$(BIN)/python -m tests.chaos --seed $(SEED) $(if $(COUNT),--count $(COUNT)) || status=1; \
+	$(BIN)/python -m tests.fuzz --seed $(SEED) --requests $(or $(COUNT),10000) --frames $(or $(COUNT),10000) || status=1; \
+	$(BIN)/python -m tests.engine.scheduler_runs --seed $(SEED) --count $(or $(COUNT),100000) || status=1; \
 	exit $$status
 
 MINUTES ?= 90

@@ -1,7 +1,8 @@
-"""The engine process: ``python -m engine FD``, started by ``EngineClient`` and by nobody else.
+"""The engine's processes: ``python -m engine FD``, started by ``EngineClient`` and by nobody else.
 
-FD is this process's end of a socket pair. The process imports what an engine needs, then waits for
-its configuration, which a spare process may never get. It ends when the other end is closed.
+FD is this process's end of a socket pair. The process imports what an engine needs and forks one
+whenever it is asked to (``engine.zygote``). Each of them ends when the other end of its own socket
+is closed.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import EngineError
-from engine.link import Configure, Failed, Link, LinkClosed, Loading, Prepared, Ready, Working
+from engine.link import Configure, Failed, Link, LinkClosed, Loading, Ready, Working
 from engine.pulse import Pulse
 from engine.types import ModelInfo
+from engine.zygote import Zygote
 
 if TYPE_CHECKING:
     from engine.core import Core
@@ -27,22 +29,34 @@ log = logging.getLogger("millrace.engine")
 
 _STEP_FAILED = 70
 """Exit code: a step could not be computed (EX_SOFTWARE of sysexits.h)."""
-_FIRST_TO_GO = "500"
-"""Added to our badness when the system runs out of memory (proc(5), oom_score_adj): an engine can
-be replaced without losing anything, the server cannot."""
+_FIRST_TO_GO, _SECOND_TO_GO = "500", "250"
+"""Added to an engine's and a zygote's badness when the system runs out of memory (proc(5),
+oom_score_adj): an engine can be replaced without losing anything, the server cannot. Ending the
+zygote would free little, for its memory is the engine's, too, and the next engine came late."""
 
 
 def main() -> int:
-    """Load the model the first message names and serve until the server is gone."""
+    """Fork engines until the server is gone; in an engine, serve until it is."""
     # A Ctrl-C in the terminal reaches the whole process group; the server decides when we stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    _tell_system("oom_score_adj", _SECOND_TO_GO)
+    _tell_system("comm", "millrace-zygote")
+    zygote = Zygote(socket.socket(fileno=int(sys.argv[1])))
+    zygote.say(Loading("importing torch", 0.0))
+    sock = zygote.serve(_import)
+    if sock is None:
+        return 0
     _tell_system("oom_score_adj", _FIRST_TO_GO)
-    link = Link(socket.socket(fileno=int(sys.argv[1])))
+    _tell_system("comm", "millrace-engine")
     try:
-        return _serve(link)
+        return _serve(Link(sock))
     except LinkClosed:
         return 0
+
+
+def _import() -> None:
+    from engine import cache, core, runner, scheduler  # noqa: F401 - for those that are forked
 
 
 def _tell_system(name: str, value: str) -> None:
@@ -52,16 +66,14 @@ def _tell_system(name: str, value: str) -> None:
 
 
 def _serve(link: Link) -> int:
-    _tell_system("comm", "millrace-spare")
-    link.send(Loading("importing torch", 0.0))
-    from engine import cache, core, runner, scheduler  # noqa: F401 - before the configuration comes
+    """Load the model the first message names and serve. Raises LinkClosed."""
+    from engine import core
 
-    link.send(Prepared())
     while not (messages := link.receive(60.0)):
         continue
-    _tell_system("comm", "millrace-engine")
     (first,) = messages
     assert isinstance(first, Configure)
+    link.send(Working(0.0))
     try:
         loop, info = _load(link, first)
     except EngineError as error:
@@ -86,7 +98,7 @@ def _serve(link: Link) -> int:
 
 
 def _load(link: Link, configure: Configure) -> tuple[Core, ModelInfo]:
-    # Imported here so that the first progress message does not wait for torch.
+    # Imported here so that the zygote's first message does not wait for torch.
     from engine.cache import CacheManager, FullAttentionGroup
     from engine.core import Core
     from engine.fairness import TokenCosts

@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from enum import Enum
 
-import msgspec
-
 from engine import errors
 from engine.config import EngineConfig
 from engine.errors import EngineClosed, EngineDied, EngineError, RequestError
@@ -34,7 +32,9 @@ from engine.link import (
     Submit,
     Working,
 )
+from engine.nursery import Nursery, ZygoteProcess
 from engine.process import EngineProcess
+from engine.recovery import RESTART_DELAY_S, Recovery
 from engine.starvation import Starvation
 from engine.streams import RequestStream
 from engine.types import EngineStats, ModelInfo, Recoveries, Request
@@ -46,23 +46,17 @@ log = logging.getLogger("millrace.engine")
 
 MAX_FAILED_STARTS = 6
 """Starts in a row that may fail before the client gives up."""
-RESTART_DELAY_S = 0.2
-"""Wait before a start that follows a process which brought nothing; doubles each time."""
-MAX_RESTART_DELAY_S = 5.0
 MAX_WAITING = 256
 """Requests that may be submitted while there is no engine, beside those that wait for it."""
 PATIENCE_S = 60.0
 """How long requests wait for an engine at least; three times its first start if that is longer."""
-SPARE_DELAY_S = 1.0
-"""A spare process is started so long after an engine is ready: what waits for answers goes first.
-It imports what an engine needs, which is most of a small model's start, and waits."""
 STOP_S = 5.0
 """How long an engine may take to end its step when it is asked to stop."""
 REMAINS_S = 1.0
 """How long what is left of a dead engine may take to go."""
 
 ENGINE_COMMAND = (sys.executable, "-m", "engine")
-"""Started with the number of its end of the socket pair as last argument."""
+"""Started with the number of its end of a socket pair as last argument; forks engines."""
 
 Progress = Callable[[str, float], None]
 
@@ -95,26 +89,20 @@ class EngineClient:
     ) -> None:
         self._config = config
         self._on_progress = on_progress
-        self._command = command
         self._state = EngineState.STARTING
         self._info: ModelInfo | None = None
         self._stats = EngineStats()
         self._past = EngineStats()
         """What the counters of dead processes had come to."""
-        self._recoveries = Recoveries()
+        self._recovery = Recovery()
         self._in_flight = InFlight()
+        self._nursery = Nursery(command, self._on_birth)
         self._process: EngineProcess | None = None
-        self._spare: EngineProcess | None = None
-        self._spare_task: asyncio.Task[None] | None = None
         self._watchdog = Watchdog()
         self._last_progress_s = time.monotonic()
         self._patience_s = PATIENCE_S
         self._room = MAX_WAITING
         """Most requests in flight while there is no engine."""
-        self._barren = 0
-        """Processes in a row that brought nothing."""
-        self._died_s: float | None = None
-        """When the engine was last seen alive that has not been replaced yet."""
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -155,12 +143,12 @@ class EngineClient:
     @property
     def stats(self) -> EngineStats:
         """The engine's figures after its latest step; counters go on over its deaths."""
-        return _sum(self._past, self._stats)
+        return self._stats.on_top_of(self._past)
 
     @property
     def recoveries(self) -> Recoveries:
         """What became of engines that died, since this client was started."""
-        return self._recoveries
+        return self._recovery.figures
 
     @property
     def last_progress_s(self) -> float:
@@ -199,10 +187,10 @@ class EngineClient:
         At once where no engine has the request, else when the engine has answered.
         """
         if self._in_flight.abort(request_id) and self._process is not None:
-            self._process.send(Abort(request_id))
+            self._process.send(Abort(request_id, time.monotonic()))
 
     async def close(self) -> None:
-        """End the engine process; requests in flight get EngineClosed. Idempotent."""
+        """End all processes; requests in flight get EngineClosed. Idempotent."""
         if self._state is not EngineState.CLOSED:
             self._move(EngineState.CLOSED)
         self._in_flight.fail_all(EngineClosed("the engine was shut down"))
@@ -210,12 +198,13 @@ class EngineClient:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
+        await self._nursery.close()
         if not self._started.done():
             self._started.cancel()
 
     def _leave(self, request_id: str) -> None:
         if self._in_flight.drop(request_id) and self._process is not None:
-            self._process.send(Abort(request_id))
+            self._process.send(Abort(request_id, time.monotonic()))
 
     def _move(self, state: EngineState) -> None:
         if state not in _NEXT[self._state]:
@@ -227,8 +216,6 @@ class EngineClient:
             for request in self._in_flight.due():
                 self._process.send(Submit(request))
 
-    # One process after the other
-
     async def _supervise(self) -> None:
         """Run engine processes one after the other until none can be started any more."""
         try:
@@ -239,18 +226,17 @@ class EngineClient:
             if not self._started.done():
                 self._started.set_exception(error)
         finally:
-            await self._end_spare()
             if self._state is not EngineState.CLOSED:
                 self._move(EngineState.CLOSED)
             lost = EngineDied("the engine died and cannot be started again")
-            self._count(given_up=self._in_flight.fail_all(lost))
+            self._recovery.count(given_up=self._in_flight.fail_all(lost))
 
     async def _run_processes(self) -> None:
         failed_starts = 0
         while failed_starts < MAX_FAILED_STARTS:
             if self._started.done():
-                self._count(restarts=1)
-                await asyncio.sleep(self._delay_s)
+                self._recovery.count(restarts=1)
+                await asyncio.sleep(self._recovery.delay_s)
             try:
                 await self._run_process()
                 failed_starts = 0
@@ -259,24 +245,17 @@ class EngineClient:
                     self._started.set_exception(error)
                     return
                 failed_starts += 1
-                self._barren += 1
+                self._recovery.start_failed()
                 log.error("engine start failed: %s", error)
         log.critical("engine failed %d times in a row; giving up", failed_starts)
-
-    @property
-    def _delay_s(self) -> float:
-        """How long to wait before the next start: not at all after a process that worked."""
-        if self._barren <= 1:
-            return 0.0
-        return min(RESTART_DELAY_S * 2.0 ** min(self._barren - 2, 10), MAX_RESTART_DELAY_S)
 
     async def _run_process(self) -> None:
         """Start one engine process and serve until it ends; leaves nothing of it behind.
 
         Raises EngineError when it did not come so far as to serve.
         """
-        self._process = process = await self._next_process()
-        self._watchdog.begin(prepared=process.prepared)
+        self._process = process = await self._fork()
+        self._watchdog.begin(prepared=True)
         watch = asyncio.create_task(self._watch(process), name="engine-watch")
         try:
             process.send(Configure(self._config))
@@ -300,21 +279,20 @@ class EngineClient:
             len(self._in_flight),
         )
 
-    async def _next_process(self) -> EngineProcess:
-        """Take the spare process if it is fit, else start one. Raises EngineDied."""
-        if self._spare is not None and self._spare_task is not None:
-            process, self._spare = self._spare, None
-            self._spare_task.cancel()
-            await asyncio.wait([self._spare_task])
-            self._spare_task = None
-            return process
-        await self._end_spare()
+    async def _fork(self) -> EngineProcess:
+        """Have a process forked, off a new zygote if there is none. Raises EngineDied."""
         try:
-            return await EngineProcess.spawn(self._command)
+            zygote = await self._nursery.start()
         except OSError as error:
             raise EngineDied(f"no engine process can be started: {error}") from error
+        self._watchdog.begin(prepared=zygote.prepared)
+        watch = asyncio.create_task(self._watch(zygote), name="zygote-watch")
+        try:
+            return await zygote.fork()
+        finally:
+            watch.cancel()
 
-    async def _watch(self, process: EngineProcess) -> None:
+    async def _watch(self, process: EngineProcess | ZygoteProcess) -> None:
         """Kill the process when it hangs; its end is then noticed as any other."""
         starvation = Starvation(process.pid)
         then_s = time.monotonic()
@@ -330,12 +308,17 @@ class EngineClient:
             process.pid,
             self._watchdog.silent_s,
         )
-        self._count(hangs=1)
+        self._recovery.count(hangs=1)
         process.kill()
         await asyncio.sleep(REMAINS_S)
         process.hang_up()
 
-    # What the process says
+    def _on_birth(self, message: Loading | Prepared) -> None:
+        """A zygote comes further; one that replaces another behind a living engine is no matter."""
+        if self._process is None:
+            self._watchdog.loading()
+            if isinstance(message, Loading) and self._on_progress is not None:
+                self._on_progress(message.stage, message.fraction)
 
     def _handle(self, message: FromEngine) -> None:
         match message:
@@ -343,7 +326,7 @@ class EngineClient:
                 self._on_step(message)
             case Working(silence_s) if self._state is EngineState.READY:
                 self._progress(silence_s)
-            case Working() | Prepared():
+            case Working():
                 self._watchdog.loading()
             case Loading(stage, fraction):
                 self._watchdog.loading()
@@ -369,9 +352,8 @@ class EngineClient:
         for delta in step.deltas:
             self._in_flight.deliver(delta)
         if step.deltas:
-            self._barren = 0
-            if self._died_s is not None:
-                self._on_recovery(self._died_s)
+            self._recovery.brought()
+            self._on_recovery()
             self._submit()
 
     def _on_ready(self) -> None:
@@ -380,36 +362,32 @@ class EngineClient:
         if not self._started.done():
             self._started.set_result(None)
         self._submit()
-        if self._died_s is not None and not self._in_flight.num_submitted:
-            self._on_recovery(self._died_s)
-        if self._config.spare_process:
-            self._spare_task = asyncio.create_task(self._keep_spare(), name="engine-spare")
+        if not self._in_flight.num_submitted:
+            self._on_recovery()
 
     def _on_death(self) -> None:
         self._move(EngineState.RESTARTING)
-        self._barren += 1
-        if self._died_s is None:
-            self._died_s = self._last_progress_s
+        died_s = self._last_progress_s
+        if self._recovery.died(died_s):
             loop = asyncio.get_running_loop()
-            loop.call_later(self._patience_s, self._lose_patience, self._died_s)
-        self._past = _sum(self._past, self._stats)
+            loop.call_later(self._patience_s, self._lose_patience, died_s)
+        self._past = self.stats
         self._stats = EngineStats()
         submitted = self._in_flight.num_submitted
         given_up = self._in_flight.engine_died()
         if given_up:
             log.error("%d requests are given up: engines die while they compute them", given_up)
         self._room = len(self._in_flight) + MAX_WAITING
-        self._count(replayed=min(submitted, len(self._in_flight)), given_up=given_up)
+        replayed = min(submitted, len(self._in_flight))
+        self._recovery.count(replayed=replayed, given_up=given_up)
 
-    def _on_recovery(self, died_s: float) -> None:
+    def _on_recovery(self) -> None:
         """An engine computes again; how long its clients waited is from the last sign of life."""
-        duration_s = time.monotonic() - died_s
-        self._died_s = None
-        self._count(recovered=1, recovery_s=duration_s)
-        log.warning("engine process %s took over after %.2f s", self.pid, duration_s)
+        if (duration_s := self._recovery.recovered(time.monotonic())) is not None:
+            log.warning("engine process %s took over after %.2f s", self.pid, duration_s)
 
     def _lose_patience(self, died_s: float) -> None:
-        if self._died_s != died_s:
+        if self._recovery.died_s != died_s:
             return
         if self._state is EngineState.READY:  # a process that may die as those before it did
             loop = asyncio.get_running_loop()
@@ -418,39 +396,4 @@ class EngineClient:
             lost = self._in_flight.fail_all(
                 EngineDied(f"no engine came up within {self._patience_s:.0f} seconds")
             )
-            self._count(given_up=lost)
-
-    def _count(self, **added: float) -> None:
-        self._recoveries = self._recoveries.plus(**added)
-
-    # The spare
-
-    async def _keep_spare(self) -> None:
-        """Have a process import what an engine needs; it waits as long as nobody configures it."""
-        await asyncio.sleep(SPARE_DELAY_S)
-        try:
-            self._spare = spare = await EngineProcess.spawn(self._command)
-            while messages := await spare.read():
-                spare.prepared = spare.prepared or Prepared() in messages
-        except (OSError, FrameError) as error:
-            log.warning("no spare engine process: %s", error)
-        await self._discard_spare()
-
-    async def _discard_spare(self) -> None:
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            spare.kill()
-            await spare.end(REMAINS_S)
-
-    async def _end_spare(self) -> None:
-        task, self._spare_task = self._spare_task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.wait([task])
-        await self._discard_spare()
-
-
-def _sum(past: EngineStats, now: EngineStats) -> EngineStats:
-    """The figures of the living process, its counters on top of those before it."""
-    totals = {name: getattr(past, name) + getattr(now, name) for name in EngineStats.COUNTERS}
-    return msgspec.structs.replace(now, **totals)
+            self._recovery.count(given_up=lost)

@@ -69,9 +69,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What a prompt token from the prefix cache counts."""
     decode_cost: float = 2.0
     """What a generated token counts."""
-    spare_process: bool = True
-    """Keep a second process that has imported what an engine needs, to take over from one that
-    dies in a fraction of the time; it costs some 200 MB of memory."""
     check_integrity: bool = False
     """Check the block pool's books whenever the engine is idle (debugging, tests)."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Protocol
 
 from engine.errors import RequestError
@@ -11,6 +12,11 @@ from engine.scheduler import Plan, Scheduler, StepOutput
 from engine.types import Delta, EngineStats, FinishReason, Request, Usage
 
 __all__ = ["Channel", "Core", "Forward", "StepFailed", "is_lack_of_memory"]
+
+_PROMPT_STEPS = 2
+"""An abort whose blocks were free after no more steps came in time."""
+_KEPT_ENDS = 64
+"""Steps over which an abort can be traced back; a longer way counts as so many."""
 
 
 class Channel(Protocol):
@@ -70,6 +76,10 @@ class Core:
         self._steps = 0
         self._step_s = 0.0
         self._busy_s = 0.0
+        self._step_ends_s: deque[float] = deque(maxlen=_KEPT_ENDS)
+        self._aborts = 0
+        self._abort_steps = 0
+        self._late_aborts = 0
 
     def run(self) -> None:
         """Serve until the server closes its end, which raises LinkClosed."""
@@ -79,12 +89,12 @@ class Core:
     def turn(self) -> None:
         """Do one round: take what has come, compute one step, hand out what it brought."""
         deltas = self._receive()
-        started = time.perf_counter()
+        started = time.monotonic()
         plan = self._scheduler.plan()
         if plan.rows:
             output = self._compute(plan)
             deltas += self._scheduler.commit(plan, output)
-            self._count_step(time.perf_counter() - started)
+            self._count_step(started)
         elif self._check_integrity and not self._scheduler.has_work:
             self._scheduler.check_integrity()
         self._link.send(Step(deltas, self.stats()))
@@ -107,6 +117,9 @@ class Core:
             steps=self._steps,
             step_s=self._step_s,
             busy_s=self._busy_s,
+            aborts=self._aborts,
+            abort_steps=self._abort_steps,
+            late_aborts=self._late_aborts,
         )
 
     def _receive(self) -> list[Delta]:
@@ -118,9 +131,10 @@ class Core:
                 case Submit(request):
                     if last := self._add(request):
                         deltas.append(last)
-                case Abort(request_id):
+                case Abort(request_id, asked_s):
                     if last := self._scheduler.abort(request_id):
                         deltas.append(last)
+                        self._count_abort(sum(end_s > asked_s for end_s in self._step_ends_s))
                 case _:
                     raise AssertionError(f"{type(message).__name__} after the start")
         return deltas
@@ -144,7 +158,15 @@ class Core:
                 error=str(error),
             )
 
-    def _count_step(self, duration_s: float) -> None:
+    def _count_abort(self, num_steps: int) -> None:
+        self._aborts += 1
+        self._abort_steps += num_steps
+        self._late_aborts += num_steps > _PROMPT_STEPS
+
+    def _count_step(self, started_s: float) -> None:
+        now_s = time.monotonic()
+        duration_s = now_s - started_s
+        self._step_ends_s.append(now_s)
         self._steps += 1
         self._step_s = duration_s
         self._busy_s += duration_s

@@ -22,15 +22,17 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from engine.steps import RequestState
 
-__all__ = ["Account", "Accounts", "Bids", "TokenCosts", "Turn", "turn_of"]
+__all__ = ["Account", "Accounts", "Bids", "Order", "TokenCosts", "Turn", "turn_of"]
 
 _MAX_IDLE = 64
 """Idle accounts of one priority that are kept before those without a debt are dropped."""
 
 _by_order = attrgetter("order")
 
-Turn = tuple[int, float, int]
-"""(priority, virtual tokens of the account, arrival): the lesser goes first."""
+Order = tuple[int, float, int]
+"""(priority, due, arrival): the lesser goes first among requests of one tenant."""
+Turn = tuple[int, float, Order]
+"""(priority, virtual tokens of the account, order): the lesser goes first."""
 
 
 class TokenCosts(NamedTuple):
@@ -53,7 +55,7 @@ class Account:
         weight: of its latest request; a tenant of weight 2 is due twice the tokens of weight 1.
         served: weighted tokens served, divided by the weight.
         planned: the same for the step that is planned and not committed.
-        waiting: its requests that hold no blocks, in order of arrival.
+        waiting: its requests that hold no blocks, in order.
         num_running: its requests that do.
         in_flight: both together; 0: the tenant is idle.
     """
@@ -88,7 +90,7 @@ class Account:
 def turn_of(state: RequestState) -> Turn:
     """Whose turn it is among running requests; the last in turn gives way first."""
     account = state.account
-    return account.priority, account.served + account.planned, state.order[1]
+    return account.priority, account.served + account.planned, state.order
 
 
 class Accounts:
@@ -175,7 +177,7 @@ class Accounts:
             return None
         first = min(
             self._queued,
-            key=lambda a: (a.priority, a.virtual, a.num_running, a.waiting[0].order[1]),
+            key=lambda a: (a.priority, a.virtual, a.num_running, a.waiting[0].order),
         )
         return first.waiting[0]
 
@@ -255,7 +257,7 @@ class Accounts:
                 del members[account.tenant]
 
 
-_Bid = tuple[int, float, int, int, Account]
+_Bid = tuple[int, float, int, Order, Account]
 
 
 class Bids:
@@ -295,8 +297,8 @@ class Bids:
             state = self._candidate(account)
             if state is None:
                 continue
-            if state.order[1] != bid[3]:  # the one it was made for may not be let in any more
-                heappush(self._heap, (*bid[:3], state.order[1], account))
+            if state.order != bid[3]:  # the one it was made for may not be let in any more
+                heappush(self._heap, (*bid[:3], state.order, account))
                 continue
             queue = self._behind.get(account)
             if queue and queue[0] is state:
@@ -318,4 +320,4 @@ class Bids:
         state = self._candidate(account)
         if state is None:
             return None
-        return account.priority, account.virtual, account.num_running, state.order[1], account
+        return account.priority, account.virtual, account.num_running, state.order, account

@@ -20,9 +20,12 @@ __all__ = [
     "HEARTBEAT_S",
     "Abort",
     "Configure",
+    "Ended",
     "Failed",
+    "Forked",
     "FrameError",
     "FromEngine",
+    "FromZygote",
     "Link",
     "LinkClosed",
     "Loading",
@@ -59,10 +62,26 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     """End this request; unknown ids are ignored."""
 
     request_id: str
+    asked_s: float
+    """``time.monotonic()`` of the server when it asked; both processes have the same clock."""
 
 
 class Prepared(msgspec.Struct, frozen=True, tag=True):
-    """Everything is imported: what remains of a start needs the configuration."""
+    """Everything is imported: engines can be forked."""
+
+
+class Forked(msgspec.Struct, frozen=True, tag=True):
+    """An engine process was forked; a descriptor of it (pidfd) comes with this frame."""
+
+    pid: int
+
+
+class Ended(msgspec.Struct, frozen=True, tag=True):
+    """An engine process ended."""
+
+    pid: int
+    exit_code: int
+    """Negative: the number of the signal that ended it."""
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
@@ -100,7 +119,8 @@ class Working(msgspec.Struct, frozen=True, tag=True):
 
 
 ToEngine = Configure | Submit | Abort
-FromEngine = Prepared | Loading | Ready | Failed | Step | Working
+FromEngine = Loading | Ready | Failed | Step | Working
+FromZygote = Loading | Prepared | Forked | Ended | Failed
 
 
 class LinkClosed(Exception):
@@ -111,7 +131,7 @@ class FrameError(Exception):
     """The byte stream does not hold frames of this protocol."""
 
 
-def encode_frame(message: ToEngine | FromEngine) -> bytes:
+def encode_frame(message: ToEngine | FromEngine | FromZygote) -> bytes:
     """Return the message as one frame."""
     body = msgspec.msgpack.encode(message)
     return _HEADER.pack(len(body)) + body

@@ -5,77 +5,51 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
-from collections.abc import Sequence
+import os
+import signal
 
 import msgspec
 
 from engine.link import FrameError, FromEngine, ToEngine, encode_frame, pop_frames
 
-__all__ = ["EngineProcess"]
+__all__ = ["EngineProcess", "exit_text_of"]
 
 log = logging.getLogger("millrace.engine")
 
 _REAP_S = 5.0
 """How long a killed process may take to be gone; one stuck in a driver may stay for ever."""
+_TELL_S = 0.5
+"""How long after an engine's end its zygote may take to say how it ended."""
 
 
 class EngineProcess:
-    """A running process; ``spawn`` starts one, ``end`` must be called in the end.
+    """A forked process; ``end`` must be called in the end.
 
-    Attributes:
-        prepared: it has said that it imported everything and waits for its configuration.
+    Args:
+        pid: its process id.
+        pid_fd: descriptor of the process (pidfd), which becomes this object's.
     """
 
     def __init__(
-        self,
-        process: asyncio.subprocess.Process,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
+        self, pid: int, pid_fd: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        self.prepared = False
-        self._process = process
+        self.pid = pid
+        self._pid_fd = pid_fd
         self._reader = reader
         self._writer = writer
         self._buffer = bytearray()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
-
-    @classmethod
-    async def spawn(cls, command: Sequence[str]) -> EngineProcess:
-        """Start ``command`` with the number of its end of a socket pair as last argument.
-
-        Raises OSError when the system cannot.
-        """
-        ours, theirs = socket.socketpair()
-        with theirs:
-            reader, writer = await asyncio.open_connection(sock=ours)
-            start = asyncio.ensure_future(
-                asyncio.create_subprocess_exec(
-                    *command, str(theirs.fileno()), pass_fds=[theirs.fileno()]
-                )
-            )
-            try:
-                return cls(await asyncio.shield(start), reader, writer)
-            except BaseException:
-                writer.close()
-                if not start.done() or start.exception() is None:  # cancelled: leave no child
-                    process = await start
-                    process.kill()
-                    await process.wait()
-                raise
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
+        self._gone = asyncio.Event()
+        self._told = asyncio.Event()
+        self._exit_code: int | None = None
+        asyncio.get_running_loop().add_reader(pid_fd, self._on_end)
 
     @property
     def exit_text(self) -> str:
         """How it ended."""
-        code = self._process.returncode
-        if code is None:
+        if not self._gone.is_set():
             return "it cannot be ended"
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
+        return exit_text_of(self._exit_code)
 
     def send(self, message: ToEngine) -> None:
         """Hand a message over without waiting; lost if the process is dead."""
@@ -98,32 +72,51 @@ class EngineProcess:
 
     def kill(self) -> None:
         """SIGKILL it, which also ends a stopped one; ``read`` still returns what it had sent."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        if not self._gone.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pid_fd, signal.SIGKILL)
 
     def hang_up(self) -> None:
         """Read nothing more, whatever the process still holds open."""
         self._writer.transport.abort()
+
+    def told(self, exit_code: int | None) -> None:
+        """Enter how it ended; None: nobody knows."""
+        self._exit_code = exit_code
+        self._told.set()
 
     async def end(self, patience_s: float) -> None:
         """Close our end, which asks the process to stop, and kill it if it does not."""
         self._writer.close()
         try:
             async with asyncio.timeout(patience_s):
-                await self._process.wait()
+                await self._gone.wait()
         except TimeoutError:
             log.warning("engine process %d does not stop; killing it", self.pid)
+            await self._kill_and_wait()
         except asyncio.CancelledError:
             await self._kill_and_wait()  # a process that nobody waits for is left behind
             raise
-        else:
-            return
-        await self._kill_and_wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_TELL_S):
+                await self._told.wait()
 
     async def _kill_and_wait(self) -> None:
         self.kill()
         try:
             async with asyncio.timeout(_REAP_S):
-                await self._process.wait()
+                await self._gone.wait()
         except TimeoutError:
             log.critical("engine process %d cannot be killed; leaving it behind", self.pid)
+
+    def _on_end(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pid_fd)
+        os.close(self._pid_fd)
+        self._gone.set()
+
+
+def exit_text_of(exit_code: int | None) -> str:
+    """Say how a process ended; None: nobody knows."""
+    if exit_code is None:
+        return "nobody saw how"
+    return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"

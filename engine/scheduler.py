@@ -5,8 +5,9 @@ step brings it closer to its token count, and a step that catches up draws one m
 Generating is being one token behind, reading a prompt is being many behind, and a preempted request
 that returns is simply far behind again.
 
-Requests have a turn: (priority, tokens their tenant was served, arrival), see ``engine.fairness``.
-Within one tenant that is (priority, arrival). Between tenants it shares out seats, blocks and the
+Requests have a turn: (priority, tokens their tenant was served, due, arrival), see
+``engine.fairness``. Within one tenant that is (priority, due, arrival): what is due first is let in
+first, but takes no seat from one that has it. Between tenants it shares out seats, blocks and the
 prompt tokens of a step; and a tenant that has fallen behind another by ``slack`` takes its seats,
 so that two tenants that always have work are never further apart than twice the slack and a step.
 
@@ -22,26 +23,19 @@ slack was charged in between, not in circles.
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Collection
-from math import inf
-from operator import attrgetter
+from math import inf, isnan
 
 from engine.blocks import InvariantError
 from engine.cache import CacheManager
 from engine.errors import PromptTooLong, RequestError
 from engine.fairness import Account, Accounts, Bids, TokenCosts, turn_of
+from engine.seats import Seats
 from engine.steps import Phase, Plan, RequestState, Row, StepOutput
 from engine.types import Delta, FinishReason, Request, TokenLogprobs
 
 __all__ = ["InvariantError", "Phase", "Plan", "RequestState", "Row", "Scheduler", "StepOutput"]
-
-_HEADROOM_STEPS = 4
-"""A request is let in only if those running can also grow for this many steps: one let in to be
-preempted at once would compute its prompt for nothing."""
-
-_by_order = attrgetter("order")
 
 
 class Scheduler:
@@ -73,7 +67,7 @@ class Scheduler:
     ) -> None:
         self._cache = cache
         self._max_num_tokens = max_num_tokens
-        self._max_num_seqs = min(max_num_seqs, max_num_tokens)
+        num_seats = min(max_num_seqs, max_num_tokens)
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
         self._chunk_tokens = max_num_tokens if chunk_tokens is None else chunk_tokens
@@ -81,17 +75,14 @@ class Scheduler:
         costs = costs or TokenCosts()
         self._costs = costs
         # What the dearest step charges: all of it prompts, and a token drawn for every seat.
-        slack = max_num_tokens * costs.prompt + self._max_num_seqs * costs.decode
+        slack = max_num_tokens * costs.prompt + num_seats * costs.decode
         self._accounts = Accounts(slack)
+        self._seats = Seats(cache, self._accounts, max_num=num_seats, cached_cost=costs.cached)
         self._requests: dict[str, RequestState] = {}
-        self._running: list[RequestState] = []  # in order of (priority, arrival)
         self._arrivals = 0
         self._plan: Plan | None = None
         self._prompt_tokens = 0
-        self._cached_tokens = 0
-        self._queried_tokens = 0
         self._generation_tokens = 0
-        self._preemptions = 0
 
     @property
     def has_work(self) -> bool:
@@ -102,15 +93,15 @@ class Scheduler:
         """Those fields of EngineStats that the scheduler knows."""
         return {
             "waiting": self._accounts.num_waiting,
-            "running": len(self._running),
+            "running": len(self._seats.running),
             "num_blocks": self._cache.num_usable,
             "free_blocks": self._cache.num_free,
             "cached_blocks": self._cache.num_cached,
             "prompt_tokens": self._prompt_tokens,
-            "cached_tokens": self._cached_tokens,
-            "queried_tokens": self._queried_tokens,
+            "cached_tokens": self._seats.cached_tokens,
+            "queried_tokens": self._seats.queried_tokens,
             "generation_tokens": self._generation_tokens,
-            "preemptions": self._preemptions,
+            "preemptions": self._seats.preemptions,
         }
 
     def add(self, request: Request) -> Delta | None:
@@ -166,8 +157,8 @@ class Scheduler:
         replaced by the next one.
         """
         self._accounts.forget_plan()
-        self._admit_urgent()
-        running = self._in_turn()
+        self._seats.admit_urgent()
+        running = self._seats.in_turn()
         rows: list[Row] = []
         behind: dict[Account, deque[RequestState]] = {}
         if (state := self._newcomer(running)) is not None:
@@ -214,32 +205,26 @@ class Scheduler:
             drawn += samples
         self._generation_tokens += len(deltas)
         if finished:
-            self._running = [state for state in self._running if state.phase is running]
+            self._seats.drop_finished()
         return deltas
 
     def check_integrity(self) -> None:
         """Compare all books, the cache's included. Raises InvariantError naming a contradiction."""
         self._cache.check_integrity()
-        waiting = self._accounts.waiting()
-        for states, phase in ((waiting, Phase.WAITING), (self._running, Phase.RUNNING)):
+        waiting, seated = self._accounts.waiting(), self._seats.running
+        for states, phase in ((waiting, Phase.WAITING), (seated, Phase.RUNNING)):
             for state in states:
                 known = self._requests.get(state.request.request_id) is state
                 if state.phase is not phase or not known:
                     raise InvariantError(f"{state} is listed as {phase.value}")
                 state.check_integrity()
-        for states in (self._running, *(account.waiting for account in self._accounts.queued())):
+        for states in (seated, *(account.waiting for account in self._accounts.queued())):
             orders = [state.order for state in states]
             if orders != sorted(set(orders)):
                 raise InvariantError(f"requests are out of order: {states}")
-        if len(self._requests) != len(waiting) + len(self._running):
+        if len(self._requests) != len(waiting) + len(seated):
             raise InvariantError(f"requests neither wait nor run: {sorted(self._requests)}")
-        if wrong := self._accounts.check(self._running):
-            raise InvariantError("; ".join(wrong))
-        if len(self._running) > self._max_num_seqs:
-            raise InvariantError(f"{len(self._running)} requests on {self._max_num_seqs} seats")
-        if not self._running and self._cache.num_free != self._cache.num_usable:
-            held = self._cache.num_usable - self._cache.num_free
-            raise InvariantError(f"no request runs, but {held} blocks are held")
+        self._seats.check_integrity()
 
     def _check_prompt(self, request: Request) -> None:
         if not request.prompt_ids:
@@ -252,46 +237,13 @@ class Scheduler:
             )
         if not 0 < request.weight < inf:
             raise RequestError(f"weight is {request.weight}; it must be > 0", param="weight")
+        if isnan(request.due_s):
+            raise RequestError("due_s is not a number", param="due_s")
         try:
             array("I", request.prompt_ids + request.output_ids)
         except (OverflowError, TypeError) as error:
             message = f"the prompt is not made of token ids: {error}"
             raise RequestError(message, param="prompt") from None
-
-    def _in_turn(self) -> list[RequestState]:
-        """Running requests, the first in turn first; a new list."""
-        if self._accounts.num_active > 1:
-            return sorted(self._running, key=turn_of)
-        return self._running.copy()
-
-    def _last_in_turn(self) -> RequestState:
-        if self._accounts.num_active > 1:
-            return max(self._running, key=turn_of)
-        return self._running[-1]
-
-    def _admit_urgent(self) -> None:
-        """Let waiting requests in before those that must give way to them."""
-        while self._running and (head := self._accounts.head()) is not None:
-            last = self._last_in_turn()
-            if not self._accounts.must_yield(last, head):
-                return
-            if self._admit(head):
-                continue
-            if not self._could_give_way(head):
-                return
-            self._preempt(last)
-
-    def _could_give_way(self, head: RequestState) -> bool:
-        """Whether ``head`` might fit if all that must yield to it gave way (an upper bound)."""
-        available = self._cache.num_free
-        needed = self._cache.blocks_for(len(head.token_ids))
-        for state in reversed(self._in_turn()):
-            if not self._accounts.must_yield(state, head):
-                break
-            available += sum(map(len, state.block_ids))
-            if available >= needed:
-                return True
-        return False
 
     def _newcomer(self, running: list[RequestState]) -> RequestState | None:
         """A tenant's only request, which has no token yet, while others' answers run.
@@ -305,7 +257,7 @@ class Scheduler:
         least = turn_of(running[0])[:2]
         head = self._accounts.head()
         if head is not None and head.account.num_running == 0 and turn_of(head)[:2] <= least:
-            if head.num_output == 0 and _has_company(head, running) and self._admit(head):
+            if head.num_output == 0 and _has_company(head, running) and self._seats.admit(head):
                 return head
             return None
         for state in running:
@@ -330,7 +282,7 @@ class Scheduler:
             start = state.num_computed
             if len(state.token_ids) - start > 1:
                 behind.setdefault(state.account, deque()).append(state)
-            elif start < state.holding.capacity or self._grow(state, running):
+            elif start < state.holding.capacity or self._seats.grow(state, running):
                 wants = state.prompt_logprobs is not None and state.wants_prompt_logprobs
                 rows.append(Row(state, start, 1, True, wants and start < state.num_prompt - 1))
                 charge(state.account, cost)
@@ -351,7 +303,7 @@ class Scheduler:
         """
         bids = Bids(self._accounts.queued(), behind, admitting)
         while budget > 0 and (state := bids.next()) is not None:
-            if state.phase is Phase.WAITING and not self._admit(state):
+            if state.phase is Phase.WAITING and not self._seats.admit(state):
                 bids.admitting = False
                 continue
             rows.append(self._chunk(state, budget))
@@ -367,61 +319,6 @@ class Scheduler:
         self._accounts.plan(state.account, news * self._costs.prompt + drawn)
         wants = state.wants_prompt_logprobs and start < state.num_prompt - 1
         return Row(state, start, num_new, num_new == left, wants)
-
-    def _grow(self, state: RequestState, running: list[RequestState]) -> bool:
-        """Give a running request room for one more token; False if it gave way itself.
-
-        ``running`` is in turn; its last ones give way.
-        """
-        while not self._cache.grow(state.holding, state.num_computed + 1):
-            last = running.pop()
-            self._preempt(last)
-            if last is state:
-                return False
-        return True
-
-    def _admit(self, head: RequestState) -> bool:
-        """Move a waiting request to a seat, if there is one and its tokens fit."""
-        num_running = len(self._running)
-        if num_running >= self._max_num_seqs:
-            return False
-        use_cache = not head.wants_prompt_logprobs
-        headroom = -(-num_running * _HEADROOM_STEPS // self._cache.block_size)
-        num_cached = self._cache.admit(
-            head.holding, head.token_ids, use_cache=use_cache, headroom=headroom
-        )
-        if num_cached is None:
-            return False
-        # Each prompt token counts once, as cached or as computed, however often it is recomputed.
-        news = max(0, min(num_cached, head.num_prompt) - head.prompt_seen)
-        head.prompt_seen += news
-        head.num_cached += news
-        self._cached_tokens += news
-        if not head.num_preemptions and use_cache and self._cache.enable_prefix_cache:
-            self._queried_tokens += head.num_prompt
-        self._accounts.charge(head.account, news * self._costs.cached)
-        head.num_computed = num_cached
-        head.move(Phase.RUNNING)
-        self._accounts.remove(head)
-        head.account.num_running += 1
-        insort(self._running, head, key=_by_order)
-        return True
-
-    def _unseat(self, state: RequestState) -> None:
-        del self._running[bisect_left(self._running, state.order, key=_by_order)]
-
-    def _preempt(self, state: RequestState) -> None:
-        """Take a running request's blocks; it keeps its tokens and waits to return."""
-        self._unseat(state)
-        self._cache.release(state.holding)
-        state.num_computed = 0
-        state.num_preemptions += 1
-        if state.wants_prompt_logprobs:
-            state.prompt_logprobs = []
-        state.move(Phase.WAITING)
-        state.account.num_running -= 1
-        self._accounts.push(state)
-        self._preemptions += 1
 
     def _check_output(self, plan: Plan, output: StepOutput) -> None:
         drawn = sum([row.samples for row in plan.rows])
@@ -480,7 +377,7 @@ class Scheduler:
         if state is None:
             return None
         if state.phase is Phase.RUNNING:
-            self._unseat(state)
+            self._seats.leave(state)
         else:
             self._accounts.remove(state)
         self._finish(state)

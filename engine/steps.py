@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from engine.blocks import InvariantError
 from engine.cache import Holding
-from engine.fairness import Account
+from engine.fairness import Account, Order
 from engine.types import FinishReason, Request, TokenLogprobs, Usage
 
 __all__ = ["Phase", "Plan", "RequestState", "Row", "StepOutput"]
@@ -37,7 +37,7 @@ class RequestState:
     """A request in flight. The scheduler writes it; the runner reads it between plan and commit.
 
     Attributes:
-        order: (priority, arrival): the lesser goes first among requests of one tenant.
+        order: (priority, due, arrival): the lesser goes first among requests of one tenant.
         account: its tenant's account in its priority; set by the scheduler when it is taken.
         token_ids: prompt and generated tokens; ``token_ids[num_computed:]`` wait to be computed.
         num_prompt: tokens of the prompt.
@@ -80,7 +80,7 @@ class RequestState:
         sampling = request.sampling
         self.account: Account
         self.request = request
-        self.order = (request.priority, arrival)
+        self.order: Order = (request.priority, request.due_s, arrival)
         self.token_ids = request.prompt_ids + request.output_ids
         self.num_prompt = len(request.prompt_ids)
         self.num_computed = 0

@@ -80,7 +80,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     towards ``max_tokens`` and penalties; deltas bring neither them nor their log-probabilities, and
     no ``prompt_logprobs``, which came with the first of them."""
     priority: int = 0
-    """Lower goes first; equal priorities go in order of arrival."""
+    """Lower goes first."""
+    due_s: float = 0.0
+    """When the answer is to begin, in seconds of any one clock. Within a tenant and a priority the
+    lesser goes first, and equals go in order of arrival. Where every request has one that grows
+    with time, those in no hurry too, none of them waits for ever."""
     cache_salt: str = ""
     """Prefixes are shared only under the same salt: no tenant can time another's prompts."""
     tenant: str = ""
@@ -162,6 +166,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         "queried_tokens",
         "generation_tokens",
         "preemptions",
+        "aborts",
+        "abort_steps",
+        "late_aborts",
         "busy_s",
     )
 
@@ -182,10 +189,21 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens looked up in the prefix cache."""
     generation_tokens: int = 0
     preemptions: int = 0
+    aborts: int = 0
+    """Requests that were in flight when their end was asked for."""
+    abort_steps: int = 0
+    """Steps that ended between the server's asking and these requests' blocks being free."""
+    late_aborts: int = 0
+    """Of the aborts, those that took more than two steps."""
     step_s: float = 0.0
     """Duration of the last step, seconds."""
     busy_s: float = 0.0
     """Seconds spent in steps."""
+
+    def on_top_of(self, past: EngineStats) -> EngineStats:
+        """Return these figures with the counters of engines before this one added."""
+        totals = {name: getattr(past, name) + getattr(self, name) for name in self.COUNTERS}
+        return msgspec.structs.replace(self, **totals)
 
 
 class Recoveries(msgspec.Struct, frozen=True, kw_only=True):

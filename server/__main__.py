@@ -109,7 +109,11 @@ def serve(
         int | None, _option("--num-threads", "Compute threads on a CPU.")
     ] = None,
     redis_url: Annotated[
-        str | None, _option("--redis-url", "Where to keep state, such as redis://host:6379.")
+        str | None,
+        _option(
+            "--redis-url",
+            "Where to keep state: redis://host:6379, or redis+sentinel://host:port,host:port/NAME.",
+        ),
     ] = None,
     api_key_file: Annotated[
         Path | None, _option("--api-key-file", "File of API keys: one a line, or [[key]] tables.")
@@ -120,6 +124,9 @@ def serve(
     max_queue_wait: Annotated[
         float, _option("--max-queue-wait", "Longest expected wait of a turn, seconds.")
     ] = 60.0,
+    drain_seconds: Annotated[
+        float, _option("--drain-seconds", "How long answers may go on after SIGTERM.", min=0)
+    ] = 30.0,
     max_connections: Annotated[
         int, _option("--max-connections", "Open connections, all together.", min=1)
     ] = 8192,
@@ -175,6 +182,7 @@ def serve(
             api_key_file=api_key_file,
             max_queue=max_queue,
             max_queue_wait_s=max_queue_wait,
+            drain_s=drain_seconds,
             max_connections=max_connections,
             max_connections_per_address=max_connections_per_address,
             prices=Prices(prompt=price_prompt, cached=price_cached, completion=price_completion),

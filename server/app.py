@@ -14,7 +14,7 @@ from aiohttp.typedefs import Handler, Middleware
 from engine import Tokenizer
 from server.control import Control
 from server.crash import log_crash
-from server.errors import ApiError
+from server.errors import ApiError, draining
 from server.guard.connections import ConnectionLimits, Connections
 from server.guard.gate import Gate
 from server.guard.keys import KeyRing
@@ -22,6 +22,7 @@ from server.guard.limits import Limits
 from server.guard.origins import Origins
 from server.guard.queue import WaitingTurns
 from server.idempotency import Idempotency
+from server.journal import JournalLeft
 from server.journals import Journals
 from server.metering.ledger import Ledger
 from server.metering.loopwatch import LoopWatch
@@ -241,6 +242,8 @@ class _Surroundings:
             return await handler(http)
         except ApiError as error:
             return _error_response(error)
+        except JournalLeft:
+            return _error_response(draining())
         except StoreError as error:
             log.error("%s", error)
             unavailable = ApiError(

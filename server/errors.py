@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["ApiError", "invalid", "not_found"]
+__all__ = ["ApiError", "draining", "invalid", "not_found"]
 
 
 class ApiError(Exception):
@@ -54,3 +54,14 @@ def invalid(message: str, *, param: str | None = None, code: str | None = None) 
 def not_found(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
     """Return a 404: what the request names does not exist, or not for this caller."""
     return ApiError(404, message, kind="not_found_error", param=param, code=code)
+
+
+def draining() -> ApiError:
+    """Return a 503: this server ends, another one or the next one serves."""
+    return ApiError(
+        503,
+        "The server is shutting down.",
+        kind="server_error",
+        code="server_draining",
+        retry_after_s=5,
+    )

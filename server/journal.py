@@ -19,7 +19,7 @@ log checks that the same events come, places in the queue apart, and goes on whe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ __all__ = [
     "Journal",
     "JournalBroken",
     "JournalError",
+    "JournalLeft",
     "JournalMismatch",
     "JournalMoved",
     "JournalState",
@@ -70,6 +71,10 @@ class JournalBroken(JournalError):
 
 class JournalMoved(JournalBroken):
     """Another replica has taken the turn over; what is left of it here has nothing more to say."""
+
+
+class JournalLeft(JournalError):
+    """The turn goes on at another server, and this one ends: its readers are to go there too."""
 
 
 class JournalMismatch(JournalError):
@@ -125,7 +130,12 @@ class Journal:
         """Ended from outside; the turn has nothing more to say."""
         self.moved = False
         """Broken because another replica runs the turn."""
+        self.left = False
+        """Broken because this server ends and the turn goes on elsewhere."""
         self.on_moved: Callable[[], None] = lambda: None
+        self.on_rewritten: Callable[[], Awaitable[None]] = _nothing
+        """Called when the store lost the log, or may have: what else is stored of the turn may be
+        lost too. May raise StoreError."""
         self._failure = failure
         self._on_append = on_append
         self._elsewhere = elsewhere
@@ -151,7 +161,7 @@ class Journal:
         """
         if self._rehearsed < self._num_given:
             return self._rehearse(event)
-        if self.moved:
+        if self.moved or self.left:
             raise JournalMoved(f"{self.turn_id} runs on another replica")
         if self.state is JournalState.SEALED:
             last = type(self._log[-1].event).__name__
@@ -251,6 +261,9 @@ class Journal:
         if self.moved:
             return
         del self._log[self._num_visible :]
+        if self.left:
+            self._break(len(self._log))
+            return
         if not self._log or not isinstance(self._log[-1].event, TERMINAL_EVENTS):
             self._log.append(_entry(self._failure(code, message), len(self._log)))
         self._break(len(self._log))
@@ -263,6 +276,18 @@ class Journal:
         self.moved = True
         self._break(len(self._log))
         self.on_moved()
+
+    def leave(self) -> None:
+        """This server ends before the turn does: what was appended is still written, no more comes.
+
+        Followers get what is written, then JournalLeft.
+        """
+        if self.state is JournalState.OPEN:
+            self.left = True
+            self.state = JournalState.SEALED
+            self.broken = True
+            self._rehearsed = self._num_given
+            self._notify()
 
     def _break(self, num_visible: int) -> None:
         self.state = JournalState.SEALED
@@ -288,7 +313,7 @@ class Journal:
         """Yield what comes after sequence number ``after`` (None: all), to the terminal event.
 
         Every entry comes once, in order, several at a time when several are ready. A reader that
-        had caught up and then fell behind gets adjacent text deltas merged.
+        had caught up and then fell behind gets adjacent text deltas merged. Raises JournalLeft.
         """
         position = 0 if after is None else after + 1
         caught_up = False
@@ -302,11 +327,17 @@ class Journal:
                 async for batch in self._elsewhere(position - 1):
                     yield batch
                 return
-            elif self.state is JournalState.SEALED and self._num_visible == len(self._log):
+            elif self.state is JournalState.SEALED and self._num_visible >= len(self._log):
+                if self.left:
+                    raise JournalLeft(f"{self.turn_id} goes on at another server")
                 return
             else:
                 caught_up = True
                 await self._changed()
+
+
+async def _nothing() -> None:
+    pass
 
 
 def _entry(event: Event, sequence_number: int, notes: bytes | None = None) -> Entry:

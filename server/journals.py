@@ -6,16 +6,18 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError, WatchError
 
 from server.background import end
-from server.journal import Entry, Failure, Journal, Kept
+from server.journal import Entry, Failure, Journal, JournalState, Kept
 from server.replicas import HEARTBEAT_S, OPEN_KEEP_S, Replicas
 from server.store import Store, StoreError, reaching
 from server.stored_log import RETRY_DELAYS_S, StoredLogs, is_terminal, stream_id
+from server.write_count import WriteCount
 
 __all__ = ["OPEN_KEEP_S", "JournalNotFound", "Journals"]
 
@@ -24,6 +26,11 @@ log = logging.getLogger("millrace.journal")
 MAX_BROKEN_OFF = 10_000
 PIPELINE_COMMANDS = 256
 """Of one round trip: its commands are packed, and its replies read, in one go of the event loop."""
+
+
+ENDED_KEEP_S = 3.0
+"""How long an ended log stays in memory: longer than a Redis replica lags behind its master."""
+MAX_ENDED = 1024
 
 
 class JournalNotFound(Exception):
@@ -44,8 +51,13 @@ class Journals:
         self.stored = StoredLogs(store, self.replicas, patience_s=patience_s)
         self._live: dict[str, Journal] = {}
         self._dirty: dict[str, Journal] = {}
+        self._ended: dict[str, tuple[float, Journal]] = {}
+        """Logs that ended lately, by when: the store may yet lose what it confirmed last."""
         self._unverified = False
         """The store was away: it may have come back with less than it had confirmed."""
+        self._lost = False
+        """The store has lost writes, and not all of them are written again."""
+        self._writes = WriteCount(store, self.replicas.id)
         self.broken_off: set[str] = set()
         """Turns that ended here with a failure that the store did not take."""
         self._wake = asyncio.Event()
@@ -72,6 +84,10 @@ class Journals:
             await journal.written()
         tasks, self._tasks = self._tasks, []
         await end(*tasks)
+        await self.leave()
+
+    async def leave(self) -> None:
+        """Tell the other replicas that this one ends; what it has not ended is theirs from now."""
         with contextlib.suppress(RedisError, OSError):
             await self.replicas.leave()
 
@@ -109,8 +125,21 @@ class Journals:
         return self._live.get(turn_id)
 
     def release(self, journal: Journal) -> None:
-        """Forget the memory copy of an ended turn's log; followers that hold it read on."""
+        """Forget the memory copy of an ended turn's log, soon; followers that hold it read on."""
         self._live.pop(journal.turn_id, None)
+        if journal.state is JournalState.SEALED and not journal.broken:
+            self._ended[journal.turn_id] = (time.monotonic(), journal)
+            if len(self._ended) > MAX_ENDED:
+                del self._ended[next(iter(self._ended))]
+
+    def holds(self, turn_id: str) -> bool:
+        """Return whether a turn's log is in memory: it runs here, or has just ended here."""
+        return self._held(turn_id) is not None
+
+    def _held(self, turn_id: str) -> Journal | None:
+        if turn_id in self._live:
+            return self._live[turn_id]
+        return self._ended[turn_id][1] if turn_id in self._ended else None
 
     @property
     def num_live(self) -> int:
@@ -122,21 +151,25 @@ class Journals:
 
         Raises JournalNotFound, StoreError.
         """
-        journal = self._live.get(turn_id)
+        journal = self._held(turn_id)
         if journal is not None:
             return journal.follow(after)
         if await self.stored.last(turn_id) is None:
+            self.replicas.check_doubt()
             raise JournalNotFound(f"there is no event log of {turn_id}")
         return self.stored.read(turn_id, -1 if after is None else after)
 
     async def view(self, turn_id: str) -> bytes | None:
         """Return what is needed to show a turn; None if there is none. Raises StoreError."""
-        journal = self._live.get(turn_id)
+        journal = self._held(turn_id)
         if journal is not None and journal.kept is not None:
             return journal.kept.view
         with reaching():
             data: Any = await self._store.redis.get(self.stored.view_key(turn_id))
-        return None if data is None else bytes(data)
+        if data is None:
+            self.replicas.check_doubt()
+            return None
+        return bytes(data)
 
     async def settle(self, turn_id: str) -> Entry | None:
         """Return the terminal event of a turn, None while it runs or when nothing is known.
@@ -144,8 +177,8 @@ class Journals:
         A turn whose replica died without leaving its work is ended here, with ``response.failed``.
         """
         last = await self.stored.last(turn_id)
-        if last is None or turn_id in self._live:
-            return None
+        if last is None or self.holds(turn_id):
+            return last if last and is_terminal(last) else None
         try:
             if not is_terminal(last) and await self.stored.abandoned(turn_id):
                 await self.stored.end_abandoned(turn_id, last.event.sequence_number)
@@ -157,6 +190,7 @@ class Journals:
     async def delete(self, turn_id: str) -> None:
         """Delete a turn's log and what is stored beside it."""
         stored = self.stored
+        self._ended.pop(turn_id, None)
         try:
             await self._store.redis.delete(
                 stored.key(turn_id), stored.view_key(turn_id), stored.work_key(turn_id)
@@ -181,6 +215,7 @@ class Journals:
             try:
                 await self._write(list(dirty.values()))
             except (RedisError, OSError, StoreError) as error:
+                self.replicas.doubt()
                 self._unverified = True
                 failing_since = failing_since or loop.time()
                 if loop.time() - failing_since > self._patience_s:
@@ -219,16 +254,18 @@ class Journals:
         # All or nothing: whoever reads or takes over a log never finds half of what one step said.
         pipe = self._store.redis.pipeline(transaction=True)
         pipe.get(self._store.key("epoch"))
+        self._writes.queue(pipe)
         num_replies = []
         for journal, start, entries in group:
             before = len(pipe)
             self._queue(pipe, journal, start, entries)
             num_replies.append(len(pipe) - before)
         replies = iter(await pipe.execute(raise_on_error=False))
-        epoch = next(replies)
-        if isinstance(epoch, Exception):
-            raise epoch
-        if epoch != self._store.epoch:
+        epoch, count = next(replies), next(replies)
+        for reply in (epoch, count):
+            if isinstance(reply, Exception):
+                raise reply
+        if epoch != self._store.epoch or not self._writes.settle(count):
             await self._recover()
             return
         for (journal, start, entries), count in zip(group, num_replies, strict=True):
@@ -315,6 +352,8 @@ class Journals:
         tail = await self.stored.tail(journal.turn_id)
         if tail is None or tail.generation <= journal.generation:
             return False
+        if journal.turn_id not in self._live:
+            return True
         log.warning("%s runs on another replica now", journal.turn_id)
         journal.move()
         return True
@@ -328,6 +367,9 @@ class Journals:
         self._unverified = False
         if await self._store.redis.get(self._store.key("epoch")) != self._store.epoch:
             return  # All is lost; the write finds that out and sees to it.
+        if self._lost or await self._writes.lost():
+            await self._recover()
+            return
         for journal in list(self._live.values()):
             if journal.broken or not journal.num_written:
                 continue
@@ -339,20 +381,46 @@ class Journals:
                 journal.rewind(0 if tail is None else tail.num_events)
 
     async def _recover(self) -> None:
-        """Write all live logs again from their beginning: the store lost its history."""
+        """Write what is in memory again from its beginning: the store lost some of it, or all.
+
+        Behind what it lost there may be what was written since: that log has a gap.
+        """
+        self._lost = True
         await self._store.renew_epoch()
-        log.error("the store lost its history; writing %d live turns again", len(self._live))
+        num_writes = await self._writes.stored()
+        journals = [journal for _, journal in self._ended.values()]
+        journals = [one for one in journals if one.turn_id not in self._live]
+        log.error(
+            "the store lost some of its history; writing %d turns again",
+            len(self._live) + len(journals),
+        )
         await self.replicas.beat()
-        for journal in list(self._live.values()):
-            entries = journal.entries()
-            if journal.broken or not entries or await self._moved(journal):
-                continue
-            pipe = self._store.redis.pipeline(transaction=True)
-            # What the failed write appended behind the gap.
+        for journal in [*self._live.values(), *journals]:
+            while not await self._rewrite(journal):
+                pass
+        self._writes.count_from(num_writes)
+        self._lost = False
+
+    async def _rewrite(self, journal: Journal) -> bool:
+        """Put a whole log in the place of what the store has of it; False: it changed meanwhile."""
+        entries = journal.entries()
+        if journal.broken or not entries:
+            return True
+        async with self._store.redis.pipeline(transaction=True) as pipe:
+            # Another replica may claim the turn just now: not a row of its own may be deleted.
+            await pipe.watch(self.stored.key(journal.turn_id))
+            if await self._moved(journal):
+                return True
+            pipe.multi()  # type: ignore[no-untyped-call]
             pipe.delete(self.stored.key(journal.turn_id))
             self._queue(pipe, journal, 0, entries)
-            await pipe.execute()
-            journal.confirm(len(entries))
+            try:
+                await pipe.execute()
+            except WatchError:
+                return False
+        journal.confirm(len(entries))
+        await journal.on_rewritten()
+        return True
 
     # Living and dead replicas
 
@@ -363,8 +431,19 @@ class Journals:
                 if not await self.replicas.beat() and self._live:
                     log.warning("this server was silent for too long; looking after its turns")
                     await self._verify_all()
+                if await self._writes.lost():
+                    self._unverified = True
+                    self._wake.set()
+                else:
+                    self._forget_ended()
             except (RedisError, OSError) as error:
+                self.replicas.doubt()
                 log.warning("no heartbeat: the store does not answer (%s)", error)
+
+    def _forget_ended(self) -> None:
+        old_s = time.monotonic() - ENDED_KEEP_S
+        for turn_id in [one for one, (at_s, _) in self._ended.items() if at_s < old_s]:
+            del self._ended[turn_id]
 
     async def lives(self, replica_id: str) -> bool:
         """Return whether a replica has shown a sign of life lately."""

@@ -2,21 +2,23 @@
 
 Keys (all with a time to live)::
 
-    replicas              sorted set: replica id by when it was last seen, Unix seconds
+    replicas              sorted set: replica id by when it was last seen, Unix seconds; 0: it left
     replica:<id>          there while the replica lives: it renews it several times a second
     replica:<id>:turns    set: the turns it runs
 
 A replica is dead when its key is gone at two looks in a row, with the store answering between them:
 after a store that stood still, everybody's key has run out, and everybody gets time to renew it.
+After one that did not answer they get a lease's time: each has to find it, or its heir, again.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
+from enum import Enum
 from typing import Any
 
-from server.store import Store
+from server.store import Store, StoreUnavailable
 
 __all__ = ["HEARTBEAT_S", "LEASE_S", "OPEN_KEEP_S", "Replicas"]
 
@@ -27,6 +29,14 @@ LEASE_S = 1.8
 """A replica that was silent for so long is taken for dead."""
 
 
+class _State(Enum):
+    ALIVE = "alive"
+    ABSENT = "absent"
+    """It has shown no sign of life lately."""
+    LEFT = "left"
+    """It said that it ends."""
+
+
 class Replicas:
     """This process among those that share the store. Methods raise what redis-py raises."""
 
@@ -35,9 +45,13 @@ class Replicas:
         self.id = secrets.token_hex(8)
         """Names this process in the store."""
         self._absent: set[str] = set()
+        self._doubt_ends_s = 0.0
+        self._left = False
 
     async def beat(self) -> bool:
         """Say that this replica lives; return False if the store had taken it for dead."""
+        if self._left:
+            return True
         pipe = self._store.redis.pipeline(transaction=False)
         pipe.exists(self.key(self.id))
         pipe.set(self.key(self.id), b"1", px=int(LEASE_S * 1e3))
@@ -47,8 +61,12 @@ class Replicas:
         return bool(found)
 
     async def leave(self) -> None:
-        """Say that this replica ends."""
-        await self._store.redis.delete(self.key(self.id))
+        """Say that this replica ends: others need not wait to take over what it has not ended."""
+        self._left = True
+        pipe = self._store.redis.pipeline(transaction=True)
+        pipe.delete(self.key(self.id))
+        pipe.zadd(self._store.key("replicas"), {self.id: 0}, xx=True)
+        await pipe.execute()
 
     async def lives(self, replica_id: str) -> bool:
         """Return whether a replica has shown a sign of life lately."""
@@ -57,22 +75,45 @@ class Replicas:
     async def others(self) -> int:
         """Return how many other replicas live."""
         alive = await self._look()
-        return sum(alive.values())
+        return sum(state is _State.ALIVE for state in alive.values())
+
+    def doubt(self) -> None:
+        """The store did not answer: nobody can be told dead from cut off for a while."""
+        self._absent = set()
+        self._doubt_ends_s = time.monotonic() + LEASE_S
+
+    @property
+    def _doubts(self) -> bool:
+        return time.monotonic() < self._doubt_ends_s
+
+    def check_doubt(self) -> None:
+        """Raise StoreUnavailable while what is not in the store may yet be written again."""
+        if self._doubts:
+            raise StoreUnavailable("the store was away, and others may not have found it yet")
 
     async def dead(self) -> list[str]:
-        """Return the replicas that were found dead twice in a row."""
-        alive = await self._look()
-        absent = {replica for replica, lives in alive.items() if not lives}
+        """Return the replicas that left, and those that were found dead twice in a row."""
+        states = await self._look()
+        left = {replica for replica, state in states.items() if state is _State.LEFT}
+        if self._doubts:
+            return sorted(left)
+        absent = {replica for replica, state in states.items() if state is _State.ABSENT}
         dead, self._absent = absent & self._absent, absent
-        return sorted(dead)
+        return sorted(left | dead)
 
-    async def _look(self) -> dict[str, bool]:
-        known: Any = await self._store.redis.zrange(self._store.key("replicas"), 0, -1)
-        ids = [one.decode() for one in known if one.decode() != self.id]
-        if not ids:
+    async def _look(self) -> dict[str, _State]:
+        known: Any = await self._store.redis.zrange(
+            self._store.key("replicas"), 0, -1, withscores=True
+        )
+        seen = {one.decode(): at_s for one, at_s in known if one.decode() != self.id}
+        if not seen:
             return {}
-        found = await self._store.redis.mget([self.key(one) for one in ids])
-        return {one: value is not None for one, value in zip(ids, found, strict=True)}
+        found = await self._store.redis.mget([self.key(one) for one in seen])
+        states = {}
+        for (replica, at_s), value in zip(seen.items(), found, strict=True):
+            gone = _State.ABSENT if at_s else _State.LEFT
+            states[replica] = _State.ALIVE if value is not None else gone
+        return states
 
     async def turns(self, replica_id: str) -> list[str]:
         """Return the turns that a replica began or took over and did not end."""

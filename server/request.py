@@ -8,6 +8,10 @@ import msgspec
 
 __all__ = ["OnDisconnect", "SamplingOptions", "Shape", "ToolOptions", "TurnRequest"]
 
+UNHURRIED_S = 60.0
+"""A request without a deadline has its turn among its key's as if it had this one, so that hurried
+ones that come and come do not keep it waiting for ever; nothing happens to it when it is over."""
+
 OnDisconnect = Literal["cancel", "finish", "linger"]
 
 
@@ -125,3 +129,8 @@ class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The responses this one follows on, first to last."""
     input_items: list[dict[str, Any]] = []
     """The turn's new input as Responses items, for storage."""
+
+    def due_s(self, arrived_s: float) -> float:
+        """When its answer is to begin, on the clock on which it arrived at ``arrived_s``."""
+        deadline_s = self.sampling.deadline_s
+        return arrived_s + (UNHURRIED_S if deadline_s is None else deadline_s)

@@ -101,14 +101,19 @@ class EngineSequence:
 class SequenceMaker:
     """Makes the sequences of one turn; nothing is submitted yet.
 
-    ``seed`` is that of the turn's first choice.
+    Args:
+        seed: of the turn's first choice.
+        arrived_s: when the turn arrived, ``time.monotonic()``.
     """
 
-    def __init__(self, turn_id: str, tokenizer: Tokenizer, info: ModelInfo, seed: int) -> None:
+    def __init__(
+        self, turn_id: str, tokenizer: Tokenizer, info: ModelInfo, seed: int, arrived_s: float
+    ) -> None:
         self._turn_id = turn_id
         self._tokenizer = tokenizer
         self._info = info
         self._seed = seed
+        self._arrived_s = arrived_s
         self._eos_ids = frozenset(info.eos_token_ids)
 
     def all(self, request: TurnRequest, prompts: Sequence[list[int]]) -> list[EngineSequence]:
@@ -170,6 +175,7 @@ class SequenceMaker:
                 first_choice=number % request.n == 0,
             ),
             priority=request.priority,
+            due_s=request.due_s(self._arrived_s),
             cache_salt=request.owner,
             tenant=request.owner,
             weight=request.weight,

@@ -62,6 +62,11 @@ class Sessions:
         if request.conversation_id is not None:
             await self._end_in_conversation(request.conversation_id, request, response)
 
+    async def begin_again(self, request: TurnRequest, response: dict[str, Any]) -> None:
+        """Store a response that runs, where the store has lost it."""
+        if request.store:
+            await self._save(request, response, only_new=True)
+
     async def adopt(self, request: TurnRequest, turn_id: str) -> None:
         """Hold the conversation of a turn that was taken over from a dead server."""
         if request.conversation_id is not None:
@@ -80,7 +85,9 @@ class Sessions:
         finally:
             await self.conversations.claims.release(conversation_id, response["id"])
 
-    async def _save(self, request: TurnRequest, response: dict[str, Any]) -> None:
+    async def _save(
+        self, request: TurnRequest, response: dict[str, Any], *, only_new: bool = False
+    ) -> None:
         record = ResponseRecord(
             owner=request.owner,
             response=response,
@@ -88,7 +95,9 @@ class Sessions:
             previous_ids=request.previous_ids,
         )
         with reaching():
-            await self._redis.set(self._key(response["id"]), _encode(record), ex=self._retention_s)
+            await self._redis.set(
+                self._key(response["id"]), _encode(record), ex=self._retention_s, nx=only_new
+            )
 
     # Responses
 
@@ -97,6 +106,8 @@ class Sessions:
         with reaching():
             data = await self._redis.get(self._key(response_id))
         record = _decode_response(data) if data else None
+        if record is None:
+            self._journals.replicas.check_doubt()
         if record is None or record.owner != owner:
             raise not_found(f"There is no response '{response_id}'.", code="response_not_found")
         if record.response["status"] == "in_progress":

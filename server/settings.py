@@ -30,7 +30,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     port: int = 8000
     """0 takes a free port."""
     redis_url: str | None = None
-    """``redis://``, ``rediss://`` or ``unix://`` address; None: a private store."""
+    """``redis://``, ``rediss://``, ``unix://`` or ``redis+sentinel://`` address (see ``sentinel``);
+    None: a private store."""
     api_key_file: Path | None = None
     """File of API keys, one a line; None: everyone may call."""
     max_body_bytes: int = 8 * _MIB
@@ -56,7 +57,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_lanes: int = 32
     """Turns at once on one WebSocket."""
     drain_s: float = 30.0
-    """How long running turns may go on after SIGTERM."""
+    """How long running turns may go on after SIGTERM, before other servers go on with them."""
     retention_s: int = 30 * _DAY_S
     """How long stored responses and conversations are kept after their last change."""
     unstored_retention_s: int = 600

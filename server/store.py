@@ -21,6 +21,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from server.redis_child import RedisChild, RedisChildError
+from server.sentinel import SentinelAddress, SentinelError, SentinelGroup, is_sentinel_url
 
 __all__ = ["Store", "StoreError", "StoreKind", "StoreUnavailable", "reaching"]
 
@@ -31,6 +32,10 @@ CONNECT_TIMEOUT_S = 5.0
 REPLY_TIMEOUT_S = 10.0
 """Longer than any command blocks."""
 MAX_CONNECTIONS = 256
+FORM = "redis://[user:password@]host[:port][/DB], rediss://... or unix:///path"
+ELECTION_S = 10.0
+"""How long a server that starts amid a failover waits for the new master."""
+ELECTION_RETRY_S = 0.1
 
 
 class StoreKind(Enum):
@@ -56,13 +61,19 @@ class Store:
     """An open store. ``redis`` is the client: bytes in, bytes out."""
 
     def __init__(
-        self, kind: StoreKind, redis: Redis, where: str, child: RedisChild | None = None
+        self,
+        kind: StoreKind,
+        redis: Redis,
+        where: str,
+        child: RedisChild | None = None,
+        sentinels: SentinelGroup | None = None,
     ) -> None:
         self.kind = kind
         self.redis = redis
         self.where = where
         """For people: what the store is; without passwords."""
         self._child = child
+        self._sentinels = sentinels
         self.epoch = b""
         """The store's lifetime as last seen."""
 
@@ -74,8 +85,11 @@ class Store:
         """
         store = await cls._connect(redis_url)
         try:
-            await store.redis.ping()
+            await store._first_ping()
             await store.renew_epoch()
+        except SentinelError as error:
+            await store.close()
+            raise StoreError(str(error)) from error
         except (RedisError, OSError) as error:
             await store.close()
             raise StoreError(f"cannot use the Redis at {store.where}: {error}") from error
@@ -99,12 +113,38 @@ class Store:
                 return cls(StoreKind.CHILD, _client(url), f"a private {program}", child)
         return cls.in_memory()
 
+    async def _first_ping(self) -> None:
+        """See that the store answers; a master that is being elected is waited for."""
+        if self._sentinels is None:
+            await self.redis.ping()
+            return
+        await self._sentinels.check()
+        self._sentinels.start()
+        loop = asyncio.get_running_loop()
+        give_up_s = loop.time() + ELECTION_S
+        while True:
+            try:
+                await self.redis.ping()
+                return
+            except (RedisError, OSError):
+                if loop.time() > give_up_s:
+                    raise
+            await asyncio.sleep(ELECTION_RETRY_S)
+
     @classmethod
     def _at(cls, url: str) -> Store:
         try:
-            redis = _client(url)
+            if is_sentinel_url(url):
+                address = SentinelAddress.parse(url)
+                group = SentinelGroup(address, max_connections=MAX_CONNECTIONS, retry=_retry())
+                return cls(StoreKind.REDIS, group.client, str(address), sentinels=group)
         except ValueError as error:
             raise StoreError(f"the Redis address cannot be used: {error}") from error
+        try:
+            redis = _client(url)
+        except ValueError:
+            # What redis-py says may quote a piece of a password.
+            raise StoreError(f"the Redis address cannot be used; the form is {FORM}") from None
         options = redis.connection_pool.connection_kwargs
         where = options.get("path") or f"{options.get('host')}:{options.get('port')}"
         return cls(StoreKind.REDIS, redis, str(where))
@@ -144,6 +184,8 @@ class Store:
 
     async def _close(self) -> None:
         await self.redis.aclose()
+        if self._sentinels is not None:
+            await self._sentinels.close()
         if self._child is not None:
             await self._child.close()
             self._child = None
@@ -164,7 +206,11 @@ def _client(url: str) -> Redis:
         socket_connect_timeout=CONNECT_TIMEOUT_S,
         socket_timeout=REPLY_TIMEOUT_S,
         max_connections=MAX_CONNECTIONS,
-        # Every write of ours may be repeated: explicit stream ids, sorted sets, plain values.
-        retry=Retry(NoBackoff(), 1),
+        retry=_retry(),
         protocol=2,
     )
+
+
+def _retry() -> Retry:
+    # Every write of ours may be repeated: explicit stream ids, sorted sets, plain values.
+    return Retry(NoBackoff(), 1)

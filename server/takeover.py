@@ -69,6 +69,7 @@ class Takeover:
             try:
                 await self.scan()
             except (RedisError, OSError, StoreError) as error:
+                self._replicas.doubt()
                 log.debug("no look for dead servers: %s", error)
             except Exception as error:
                 log_crash(log, "a take-over", error)
@@ -86,7 +87,7 @@ class Takeover:
 
     async def _take(self, turn_id: str) -> bool:
         """Claim a turn and go on with it; False: it is left for later."""
-        if self._journals.live(turn_id) is not None:
+        if self._journals.holds(turn_id):
             return True
         tail = await self._stored.tail(turn_id)
         owner = await self._stored.owner(turn_id)
@@ -187,6 +188,4 @@ def _hopeless(work: TurnWork | None, entries: list[Entry]) -> str | None:
         return "what it was asked is not stored"
     if [entry.event.sequence_number for entry in entries] != list(range(len(entries))):
         return "part of its event log is lost"
-    if work.request.tools.builtin:
-        return "a turn with tools of the server's own cannot be taken up in the middle"
     return None

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import msgspec
 
 from engine import Delta, EngineClosed, EngineDied, FinishReason, RequestError, Tokenizer
-from server.agent.rounds import ToolRounds
+from server.agent.rounds import Results, ToolRounds
 from server.audience import Audience
 from server.choice import Phase, prompt_event
 from server.crash import log_crash
@@ -46,7 +46,7 @@ from server.request import TurnRequest
 from server.response_object import failed_event, new_id, response_object, usage_object
 from server.sequence import Engine, EngineSequence, SequenceMaker
 from server.store import StoreError
-from server.turn_record import Generated, TurnWork, decode_notes
+from server.turn_record import Answered, Generated, TurnWork, decode_notes
 
 __all__ = ["Turn", "TurnHost"]
 
@@ -110,6 +110,11 @@ class Turn:
         self._maker: SequenceMaker
         self._tool_items: list[tuple[int, dict[str, Any]]] = []
         """What the server's own tools said, with the items' ``output_index``."""
+        self._rounds = ToolRounds(self.request)
+        self._rounds_over = False
+        """The model is not asked again."""
+        self._tools_again = False
+        """The calls that are open may have been run by the server that died."""
         self._out_of_room = False
         """The model was to go on after its tools, but a limit is reached."""
         self._prompts_shown: list[asyncio.Event] = []
@@ -167,7 +172,7 @@ class Turn:
 
     def stop(self) -> None:
         """Ask for the turn's end with ``response.cancelled``, without waiting for it."""
-        if self._state is _State.RUNNING and not self._cancelled:
+        if self._state is _State.RUNNING and not self._cancelled and not self._moved:
             self._cancelled = True
             # A task that is cancelled before it begins never runs, and would owe the terminal
             # event; it looks at the flag when it begins.
@@ -187,7 +192,9 @@ class Turn:
         self._work = TurnWork(
             request=request, prompts=list(prompts), seed=seed, created_at=self.created_at
         )
-        self._maker = SequenceMaker(self.id, self._tokenizer, self._engine.info, seed)
+        self._maker = SequenceMaker(
+            self.id, self._tokenizer, self._engine.info, seed, self._arrived_s
+        )
         self._sequences = self._maker.all(request, prompts)
         self._prompts_shown = [asyncio.Event() for _ in prompts]
         self.response = response_object(
@@ -218,14 +225,23 @@ class Turn:
         self._open(journal)
         self._launch()
 
-    def rehearse(self, journal: Journal) -> None:
-        """Come to the state that the journal's log tells of. Raises JournalMismatch."""
+    async def rehearse(self, journal: Journal) -> None:
+        """Come to the state that the journal's log tells of.
+
+        Raises JournalMismatch, RequestError.
+        """
         log = journal.entries()
         self._open(journal)
         for entry in log:
             for note in decode_notes(entry.notes) if entry.notes is not None else ():
                 if isinstance(note, Ending):
                     self._ending = note
+                    continue
+                if isinstance(note, Answered):
+                    results = self._rounds.repeat(self._round_items(), note.items)
+                    if results is None:
+                        raise JournalMismatch(f"{self.id} made other calls than were answered")
+                    await self._take_results(results)
                     continue
                 sequence = self._sequences[note.number]
                 sequence.known_ids += note.delta.token_ids
@@ -236,6 +252,7 @@ class Turn:
     async def go_on(self) -> None:
         """Run after ``rehearse``: the engine takes up what is unfinished. Raises EngineError."""
         if self._ending is None:
+            self._tools_again = self._sequences[-1].choice.phase is Phase.CLOSED
             try:
                 for sequence in self._sequences:
                     sequence.go_on(self._engine)
@@ -250,7 +267,7 @@ class Turn:
         journal.on_moved = self._on_moved
         journal.give_up_rehearsal()
         # What they came to is not what the log says.
-        self._sequences = []
+        self._sequences, self._tool_items = [], []
         self._ending = Ending("failed", (code, message))
         self._launch()
 
@@ -295,6 +312,13 @@ class Turn:
         """The tokens it used so far; None: another server runs it and will count them."""
         return None if self._moved else Used(*self._usage())
 
+    async def hand_over(self) -> None:
+        """Stop, and leave the turn to another server as it is; what is ending already ends here."""
+        if self._state is _State.RUNNING and not self._cancelled and not self._moved:
+            self._journal.leave()
+            self._on_moved()
+        await self.ended()
+
     def _on_moved(self) -> None:
         """Another server runs the turn now: stop, and leave its end to that one."""
         self._moved = True
@@ -333,8 +357,8 @@ class Turn:
         if self._cancelled:
             return self._stopped()
         try:
-            if len(self._sequences) == 1:
-                await self._pump_rounds(self._sequences[0])
+            if self._rounds_possible:
+                await self._pump_rounds()
             else:
                 await self._pump_all()
         except asyncio.CancelledError:
@@ -355,30 +379,44 @@ class Turn:
             return Ending("incomplete", reason="max_output_tokens")
         return Ending("completed")
 
-    async def _pump_rounds(self, sequence: EngineSequence) -> None:
+    @property
+    def _rounds_possible(self) -> bool:
+        return len(self._sequences) == 1 or bool(self.request.tools.builtin)
+
+    async def _pump_rounds(self) -> None:
         """Serve one sequence and, while it calls the server's own tools, the next one."""
-        rounds = ToolRounds(self.request)
-        while True:
+        while not self._rounds_over:
+            sequence = self._sequences[-1]
             await self._pump(sequence)
-            choice = sequence.choice
-            if choice.finish_reason != "tool_calls" or not self.request.tools.builtin:
+            if sequence.choice.finish_reason != "tool_calls" or not self.request.tools.builtin:
                 return
-            items = [item for _, item in choice.items.bodies()]
             # In a thread: the clock reads files.
-            results = await asyncio.to_thread(rounds.run, items)
+            results = await asyncio.to_thread(
+                self._rounds.run, self._round_items(), again=self._tools_again
+            )
+            self._tools_again = False
             if results is None:
                 return
-            first_index = choice.items.next_index
-            for event in results.events(first_index):
-                self._journal.append(event)
-            self._tool_items += enumerate(results.items, start=first_index)
-            if results.request is None:
-                return
+            following = await self._take_results(results)
+            if following is not None:
+                following.submit(self._engine)
+
+    def _round_items(self) -> list[dict[str, Any]]:
+        return [item for _, item in self._sequences[-1].choice.items.bodies()]
+
+    async def _take_results(self, results: Results) -> EngineSequence | None:
+        """Append what the tools said; return what the model is asked next, not yet submitted."""
+        first_index = self._sequences[-1].choice.items.next_index
+        self._journal.note(Answered(results.items))
+        for event in results.events(first_index):
+            self._journal.append(event)
+        self._tool_items += enumerate(results.items, start=first_index)
+        following = None
+        if results.request is not None:
             following = await self._next(results.request, first_index + len(results.items))
-            if following is None:
-                self._out_of_room = True
-                return
-            sequence = following
+            self._out_of_room = following is None
+        self._rounds_over = following is None
+        return following
 
     async def _next(self, request: TurnRequest, first_index: int) -> EngineSequence | None:
         """Ask the model to go on; None: there is no room for another token."""
@@ -396,7 +434,6 @@ class Turn:
         sequence = self._maker.next(rest, prompt_ids, number, first_index)
         self._prompts_shown.append(asyncio.Event())
         self._sequences.append(sequence)
-        sequence.submit(self._engine)
         return sequence
 
     def _stopped(self) -> Ending:

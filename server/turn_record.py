@@ -1,11 +1,14 @@
 """What is stored beside a turn's log, so that another server can show it or go on with it.
 
 ``TurnView`` lives as long as the log: whose turn it is and how its dialect shows it. ``TurnWork``
-lives while the turn runs and holds the prompt. ``Generated`` and ``Ending`` are the journal's
-notes: given to a new ``Turn`` in their order, they bring it to the state that the log tells of.
+lives while the turn runs and holds the prompt. ``Generated``, ``Answered`` and ``Ending`` are the
+journal's notes: given to a new ``Turn`` in their order, they bring it to the state that the log
+tells of.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import msgspec
 
@@ -15,6 +18,7 @@ from server.journal import Kept
 from server.request import TurnRequest
 
 __all__ = [
+    "Answered",
     "Generated",
     "TurnView",
     "TurnWork",
@@ -50,10 +54,16 @@ class Generated(msgspec.Struct, frozen=True, array_like=True, tag=0):
     delta: Delta
 
 
+class Answered(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """What the server's own tools said to the calls of a round."""
+
+    items: list[dict[str, Any]]
+
+
 _encode = msgspec.msgpack.Encoder().encode
 decode_view = msgspec.msgpack.Decoder(TurnView).decode
 decode_work = msgspec.msgpack.Decoder(TurnWork).decode
-decode_notes = msgspec.msgpack.Decoder(list[Generated | Ending]).decode
+decode_notes = msgspec.msgpack.Decoder(list[Generated | Ending | Answered]).decode
 
 
 def keep(work: TurnWork) -> Kept:

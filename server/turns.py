@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from engine import EngineError, EngineState, Tokenizer
-from server.errors import ApiError
+from server.errors import ApiError, draining
 from server.events import ResponseCreated
 from server.guard.gate import Gate
 from server.guard.queue import Place
-from server.journal import Entry, JournalMismatch
+from server.journal import Entry, JournalMismatch, JournalMoved
 from server.journals import Journals
 from server.metering.metrics import Metrics
 from server.prompting import Prompter
 from server.request import TurnRequest
 from server.sequence import Engine
-from server.store import Store, StoreError, StoreUnavailable, reaching
+from server.store import Store, StoreError, StoreKind, StoreUnavailable, reaching
 from server.turn import Turn
 from server.turn_record import TurnWork, keep
 
@@ -41,6 +41,9 @@ class TurnKeeper(Protocol):
 
     async def end(self, request: TurnRequest, response: dict[str, Any]) -> None:
         """Store a turn's end, before its terminal event is shown."""
+
+    async def begin_again(self, request: TurnRequest, response: dict[str, Any]) -> None:
+        """Store a turn that runs, where the store has lost it."""
 
     async def adopt(self, request: TurnRequest, turn_id: str) -> None:
         """Hold for this server what a turn had claimed that is taken over."""
@@ -110,13 +113,7 @@ class Turns:
 
     def _admit(self) -> None:
         if self.draining:
-            raise ApiError(
-                503,
-                "The server is shutting down.",
-                kind="server_error",
-                code="server_draining",
-                retry_after_s=5,
-            )
+            raise draining()
         if len(self._turns) + self._starting >= self._max_live:
             raise ApiError(
                 429,
@@ -159,6 +156,7 @@ class Turns:
         journal = self._journals.open(
             turn.id, keep_s=keep_s, failure=turn.failure, kept=keep(turn.work)
         )
+        journal.on_rewritten = lambda: self._keep_again(turn)
         self._enter(turn)
         turn.begin(journal)
         return turn
@@ -171,7 +169,8 @@ class Turns:
     async def take_over(self, work: TurnWork, events: Sequence[Entry], generation: int) -> bool:
         """Go on with a turn whose server died; return whether it goes on.
 
-        Where it cannot, it is ended, with a failure that says why. Raises StoreError.
+        Where it cannot, it is ended, with a failure that says why, unless it has left this server
+        again already. Raises StoreError.
         """
         request = work.request
         turn = Turn(self, request, time.monotonic(), work.created_at)
@@ -185,13 +184,17 @@ class Turns:
             generation=generation,
             log=events,
         )
+        journal.on_rewritten = lambda: self._keep_again(turn)
         room = self.engine.info.max_model_len
         self._gate.adopt(turn.id, request, work.prompts, room, work.created_at)
         self._enter(turn)
         try:
             turn.prepare(work.prompts, work.seed)
-            turn.rehearse(journal)
+            await turn.rehearse(journal)
             await turn.go_on()
+        except JournalMoved:
+            self.forget(turn)
+            return False
         except (ApiError, EngineError, JournalMismatch) as error:
             log.error("%s cannot go on here: %s", turn.id, error)
             first = events[0].event if events else None
@@ -260,6 +263,15 @@ class Turns:
                     raise
                 await asyncio.sleep(KEEP_RETRY_S)
 
+    async def _keep_again(self, turn: Turn) -> None:
+        """Store what the store lost of a turn besides its log. Raises StoreError."""
+        if not _kept(turn.request):
+            return
+        if turn.response["status"] == "in_progress":
+            await self._keeper.begin_again(turn.request, turn.response)
+        else:
+            await self._keeper.end(turn.request, turn.response)
+
     def forget(self, turn: Turn) -> None:
         """Take an ended turn out of the registry."""
         self._turns.pop(turn.id, None)
@@ -287,14 +299,24 @@ class Turns:
         await self._idle.wait()
 
     async def drain(self, patience_s: float) -> None:
-        """Take no new turns, wait for those that run, and cancel what runs after ``patience_s``."""
+        """Take no new turns, wait for those that run, and leave what runs after ``patience_s``.
+
+        In a store that others share those turns go on: at once where another server lives, else
+        when one is started. Otherwise they are cancelled.
+        """
         self.draining = True
         try:
             async with asyncio.timeout(patience_s):
                 await self._idle.wait()
         except TimeoutError:
-            log.warning("cancelling %d turns that still run", len(self._turns))
-        await asyncio.gather(*(turn.cancel() for turn in list(self._turns.values())))
+            running = list(self._turns.values())
+            if self._store.kind is StoreKind.REDIS:
+                log.warning("leaving %d turns that still run to other servers", len(running))
+                await asyncio.gather(*(turn.hand_over() for turn in running))
+                await self._journals.leave()
+            else:
+                log.warning("cancelling %d turns that still run", len(running))
+                await asyncio.gather(*(turn.cancel() for turn in running))
         await asyncio.gather(*self._abandoned)
 
     def close(self) -> None:

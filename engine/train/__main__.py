@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import datetime
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -19,11 +20,13 @@ from pathlib import Path
 
 import torch
 
+from engine.errors import CheckpointError
 from engine.train.data import DataError, Documents, Packer
 from engine.train.dialogue import ChatTemplate
 from engine.train.distributed import Group
 from engine.train.evaluation.perplexity import held_out_losses
 from engine.train.export import export
+from engine.train.load import load_model
 from engine.train.model import Qwen3, compute_dtype_of
 from engine.train.prepare import prepare_tokenizer, prepare_tokens
 from engine.train.progress import Progress, draw_loss
@@ -51,6 +54,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="UTC time at which a run of --minutes ends anyway")  # fmt: skip
     parser.add_argument("--recipe", type=Path, default=_ASSETS / "recipe.toml", metavar="FILE",
                         help="model, mixture, schedule (default: the bundled one)")  # fmt: skip
+    parser.add_argument("--init", type=Path, metavar="DIR",
+                        help="checkpoint whose weights and tokenizer a new run starts from "
+                        "(default: random weights, a tokenizer of its own)")  # fmt: skip
     parser.add_argument("--export", type=Path, metavar="DIR",
                         help="where the model goes (default: OUT/model)")  # fmt: skip
     parser.add_argument("--export-every", type=float, default=15.0, metavar="MINUTES",
@@ -115,7 +121,11 @@ def _prepared(args: argparse.Namespace, recipe: Recipe, group: Group) -> Encoder
     template = ChatTemplate(_template_source())
     for own_turn in (group.rank == 0, group.rank != 0):
         if own_turn:
-            encoder = prepare_tokenizer(recipe, args.data, args.out / "tokenizer.model")
+            tokenizer = args.out / "tokenizer.model"
+            if args.init is not None and not tokenizer.exists():
+                tokenizer.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(args.init / tokenizer.name, tokenizer)
+            encoder = prepare_tokenizer(recipe, args.data, tokenizer)
             for split in ("train", "heldout"):
                 prepare_tokens(
                     recipe,
@@ -133,6 +143,17 @@ def _template_source() -> str:
     return (_ASSETS / "chat_template.jinja").read_text(encoding="utf-8")
 
 
+def _model(recipe: Recipe, dtype: torch.dtype, device: torch.device, init: Path | None) -> Qwen3:
+    """A model of random weights, or that of the checkpoint `init`, in the recipe's shape."""
+    if init is None:
+        torch.manual_seed(recipe.seed)
+        return Qwen3(recipe.model, dtype).to(device)
+    model = load_model(init, dtype, device)
+    if model.config != recipe.model:
+        raise RecipeError(f"{init} holds {model.config}, but the recipe is for {recipe.model}")
+    return model
+
+
 def _train(
     args: argparse.Namespace, recipe: Recipe, device: torch.device, group: Group
 ) -> tuple[Trainer, Encoder, float]:
@@ -141,8 +162,7 @@ def _train(
     encoder = _prepared(args, recipe, group)
     dtype = compute_dtype_of(device)
     peak = measured_peak(device, dtype) * group.size
-    torch.manual_seed(recipe.seed)
-    model = Qwen3(recipe.model, dtype).to(device)
+    model = _model(recipe, dtype, device, args.init)
     if not args.no_compile:
         model.compile_blocks()
     trainer = Trainer(
@@ -210,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
             sequence_len=recipe.train.sequence_len,
             pad_id=encoder.id_of("<|endoftext|>"),
         )
-    except (DataError, RecipeError, FileNotFoundError) as error:
+    except (CheckpointError, DataError, RecipeError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     write_summary(args.out / "report.json", trainer, losses, utilisation=utilisation)

@@ -23,6 +23,7 @@ from engine.train.dialogue import (
     Record,
     TextEncoder,
     encode_record,
+    join_requests,
     trim_tools,
 )
 
@@ -90,11 +91,13 @@ def write_documents(
     max_tools: int,
     empty_think_fraction: float,
     seed: int,
+    max_requests: int = 1,
     assistant_only: frozenset[str] = frozenset(),
 ) -> dict[str, int]:
     """Encodes the records of `sources` and writes three arrays for each.
 
-    Text longer than `max_len` is cut into pieces, a dialogue is cut off. Records that hold control
+    Text longer than `max_len` is cut into pieces, a dialogue is cut off. Up to `max_requests`
+    dialogues of a single request become one (`join_requests`). Records that hold control
     tokens as text are left out, since they would forge turns. In sources of `assistant_only` no
     other turn counts, whatever `loss` says.
 
@@ -103,7 +106,7 @@ def write_documents(
     """
     rng = random.Random(seed)
     growing: dict[str, _Growing] = {}
-    for record in records:
+    for record in join_requests(records, max_requests=max_requests, rng=rng):
         source = record["source"]
         if source not in sources or "<|" in json.dumps(record, ensure_ascii=False):
             continue

@@ -9,14 +9,17 @@ import json
 import lzma
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-__all__ = ["ChatTemplate", "LossWeights", "Record", "encode_record", "read_records", "trim_tools"]
+__all__ = [
+    "ChatTemplate", "LossWeights", "Record", "encode_record", "join_requests", "read_records",
+    "trim_tools",
+]  # fmt: skip
 
 Record = dict[str, Any]
 
@@ -106,6 +109,57 @@ def trim_tools(record: Record, *, max_tools: int, rng: random.Random) -> Record:
     kept = needed + spare[: max(0, rng.randint(1, max_tools) - len(needed))]
     rng.shuffle(kept)
     return {**record, "tools": kept}
+
+
+def join_requests(
+    records: Iterable[Record], *, max_requests: int, rng: random.Random
+) -> Iterator[Record]:
+    """Joins dialogues with tools and a single request into longer ones of their source.
+
+    Up to `max_requests` follow on one another, a random number each time, so that one list of
+    schemas, by far the longest part of such a dialogue, serves several calls. Dialogues whose
+    schemas contradict one another (one name, two forms) are not joined; others pass as they are.
+    """
+    waiting: dict[str, tuple[int, list[Record]]] = {}
+    for record in records:
+        if not _is_one_request(record):
+            yield record
+            continue
+        source = record["source"]
+        wanted, group = waiting.pop(source, (0, []))
+        if group and not _agree([*group, record]):
+            yield _joined(group)
+            group = []
+        wanted = wanted if group else rng.randint(1, max_requests)
+        group.append(record)
+        if len(group) >= wanted:
+            yield _joined(group)
+        else:
+            waiting[source] = (wanted, group)
+    for _, group in waiting.values():
+        yield _joined(group)
+
+
+def _is_one_request(record: Record) -> bool:
+    messages = record.get("messages") or []
+    return bool(record.get("tools")) and sum(m["role"] == "user" for m in messages) == 1
+
+
+def _agree(records: list[Record]) -> bool:
+    schemas: dict[str, Record] = {}
+    return all(
+        schemas.setdefault(tool["name"], tool) == tool for one in records for tool in one["tools"]
+    )
+
+
+def _joined(records: list[Record]) -> Record:
+    """One dialogue out of several: the first one's system turn, all tools, all other turns."""
+    first, *others = records
+    messages = list(first["messages"])
+    tools = {tool["name"]: tool for one in records for tool in one["tools"]}
+    for one in others:
+        messages += [message for message in one["messages"] if message["role"] != "system"]
+    return {**first, "messages": messages, "tools": list(tools.values())}
 
 
 def encode_record(

@@ -117,6 +117,7 @@ def prepare_tokens(
             max_tools=recipe.train.max_tools,
             empty_think_fraction=recipe.train.empty_think_fraction,
             seed=recipe.seed,
+            max_requests=recipe.train.max_requests if split == "train" else 1,
             assistant_only=MADE_SOURCES,  # the words that are invented there cannot be foretold
         )
         summary.write_text(json.dumps(sizes, indent=2), encoding="utf-8")

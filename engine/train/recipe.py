@@ -62,6 +62,8 @@ class TrainRecipe:
     """Each dialogue keeps a random number of tool schemas up to this one, and all that it calls."""
     empty_think_fraction: float
     """Part of the answers preceded by an empty thinking block, as when thinking is switched off."""
+    max_requests: int = 1
+    """Up to this many dialogues of a single request are joined, to share their tools' schemas."""
     micro_sequences: int = 0
     """Sequences that a device computes at once; 0 for all of its share."""
     early_exit_weight: float = 0.0

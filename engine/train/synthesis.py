@@ -68,6 +68,50 @@ _FEATURES = (
 )  # fmt: skip
 
 
+_STORIES = {
+    "%": (
+        "A {a} percent fee on {b}: how much is that?",
+        "Out of {b} people {a}% came. How many were they?",
+        "If the tax is {a}% and the price is {b}, how much is the tax?",
+        "{b} euros, {a} percent off. How much do I save?",
+        "What do {a} percent of {b} grams weigh?",
+        "I keep {a}% of my {b} points. How many points is that?",
+    ),
+    "+": (
+        "The sum of {a} and {b}?",
+        "I have {a} coins and find {b} more. How many do I have now?",
+        "{a} people came by train and {b} by bus. How many came altogether?",
+        "What is the total of {a} and {b}?",
+        "A book of {a} pages and one of {b} pages: how many pages together?",
+        "Take {a}, then another {b}. What does that make?",
+    ),
+    "-": (
+        "There were {a} seats and {b} are taken. How many are free?",
+        "{a} take away {b}?",
+        "A rope of {a} metres loses {b} metres. How long is it now?",
+        "By how much is {a} more than {b}?",
+        "From {a} points I lose {b}. How many remain?",
+        "We have driven {b} of {a} kilometres. How far is it still?",
+    ),
+    "*": (
+        "{a} shelves with {b} books each: how many books?",
+        "The product of {a} and {b}?",
+        "A ticket is {b} euros and I need {a}. What do I pay?",
+        "{a} rows of {b} trees, how many trees?",
+        "Each of {a} bags weighs {b} grams. What do they weigh together?",
+        "What is {a} times as much as {b}?",
+    ),
+    "/": (
+        "{a} apples go into {b} baskets evenly. How many are in each?",
+        "How many times does {b} fit into {a}?",
+        "{b} friends pay {a} euros together, each the same. How much is it for one?",
+        "{a} pages in {b} days, how many pages a day?",
+        "A {b}th of {a}?",
+        "What is the quotient of {a} and {b}?",
+    ),
+}  # none of them is a phrase of engine/train/evaluation/sums.py
+
+
 def _word(rng: random.Random) -> str:
     """A word that no language has, of one to three syllables."""
     syllables = rng.choice((1, 2, 2, 2, 3))
@@ -191,9 +235,9 @@ def _call_turns(tool: Record, rng: random.Random) -> list[Record]:
 
 
 def _calls(rng: random.Random) -> Record:
-    tools = [_tool(rng) for _ in range(rng.randint(1, 3))]
+    tools = [_tool(rng) for _ in range(rng.randint(2, 5))]
     turns: list[Record] = [{"role": "system", "content": rng.choice(_SYSTEMS)}]
-    for _ in range(rng.choice((1, 1, 2))):
+    for _ in range(rng.randint(1, 4)):
         turns += _call_turns(rng.choice(tools), rng)
     return {"messages": turns, "tools": tools}
 
@@ -209,6 +253,8 @@ def _shown(value: float) -> str:
 def _sum(rng: random.Random) -> tuple[str, str, str, float]:
     """Question, expression, the answer's form (with `{}`), value."""
     a, b = rng.randint(2, 9999), rng.randint(2, 999)
+    if rng.random() < 0.5:
+        return _story(rng)
     if rng.random() < 0.5:
         percent = rng.randint(1, 99)
         sign = rng.choice(("%", " %", " percent"))
@@ -234,6 +280,25 @@ def _sum(rng: random.Random) -> tuple[str, str, str, float]:
     return question.format(text), f"{a} {operator} {b}", f"{text} is {{}}.", value
 
 
+def _story(rng: random.Random) -> tuple[str, str, str, float]:
+    """The same of a sum that is told rather than written."""
+    operator = rng.choice("%+-*/")
+    a, b = rng.randint(2, 9999), rng.randint(2, 999)
+    if operator == "%":
+        a, b = rng.randint(1, 99), a
+    elif operator == "-":
+        a, b = max(a, b), min(a, b)
+    value = {"%": a * b / 100, "+": a + b, "-": a - b, "*": a * b, "/": a / b}[operator]
+    expression = f"{b} * {a} / 100" if operator == "%" else f"{a} {operator} {b}"
+    question = rng.choice(_STORIES[operator]).format(a=a, b=b)
+    return (
+        question,
+        expression,
+        rng.choice(("That is {}.", "It is {}.", "The result is {}.")),
+        value,
+    )
+
+
 def _sums(rng: random.Random) -> Record:
     name, field = rng.choice((("calculator", "expression"), ("calculate", "expression"),
                               ("evaluate_math", "expr")))  # fmt: skip
@@ -249,7 +314,7 @@ def _sums(rng: random.Random) -> Record:
     turns: list[Record] = []
     if rng.random() < 0.7:
         turns.append({"role": "system", "content": rng.choice(_SYSTEMS)})
-    for _ in range(rng.choice((1, 1, 2))):
+    for _ in range(rng.randint(1, 4)):
         question, expression, form, value = _sum(rng)
         number: float = int(value) if value == int(value) else round(value, 2)
         turns += [

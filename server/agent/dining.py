@@ -1,6 +1,7 @@
 """A restaurant guide to try tool calls with: the houses are made up, whatever the city.
 
-Nothing is booked anywhere. Answers depend on the question alone, so a conversation can be repeated.
+Nothing is booked anywhere. Answers depend on the question alone, so a conversation can be repeated,
+and so can a booking: the same table has the same code.
 """
 
 from __future__ import annotations

@@ -33,6 +33,9 @@ class BuiltinTool(NamedTuple):
     """JSON Schemas of strings and integers, by name."""
     required: tuple[str, ...]
     answer: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    repeatable: bool = True
+    """A call may be run twice, where the first result was lost with its server: nothing happens
+    twice by it."""
 
     def function(self) -> dict[str, Any]:
         """Return what the model is told, in Chat Completions' shape."""

@@ -20,7 +20,6 @@ from server.cli.screen import GrowingAnswer, closing_line, plain_answer
 __all__ = ["Chat", "chat"]
 
 _T = TypeVar("_T")
-_TITLE_CHARS = 60
 _PROMPT = "you> "
 _HELP = """\
 /new           begin a new conversation
@@ -164,10 +163,7 @@ class Chat:
     def _say(self, text: str) -> None:
         try:
             if self._dialogue.conversation_id is None:
-                title = " ".join(text.split())[:_TITLE_CHARS]
-                self._dialogue.conversation_id = self._loop.run(
-                    self._connection.new_conversation(title)
-                )
+                self._dialogue.conversation_id = self._loop.run(self._connection.new_conversation())
             with GrowingAnswer(self._console) as shown:
                 self._connection.on_broken = shown.note
                 self._exchange(text, shown.add, shown.call)

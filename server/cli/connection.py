@@ -76,10 +76,9 @@ class Connection:
         body = await self._call("GET", "/v1/models")
         return [str(model["id"]) for model in body.get("data", [])]
 
-    async def new_conversation(self, title: str) -> str:
-        """Create a conversation; return its id."""
-        body = {"metadata": {"title": title}}
-        return str((await self._call("POST", "/v1/conversations", body))["id"])
+    async def new_conversation(self) -> str:
+        """Create a conversation, which the first question will name; return its id."""
+        return str((await self._call("POST", "/v1/conversations", {}))["id"])
 
     async def cancel(self, response_id: str) -> None:
         """Ask for the end of an answer."""

@@ -80,8 +80,8 @@ def bind(host: str, port: int) -> list[socket.socket]:
 def serve(settings: ServerSettings, config: EngineConfig) -> int:
     """Run the server until a signal ends it; return the exit status.
 
-    The first SIGINT or SIGTERM lets running answers end (``settings.drain_s``), the second cuts
-    them. Raises StartError.
+    The first SIGINT or SIGTERM lets running answers end (``settings.drain_s``), the second waits
+    no longer. Raises StartError.
     """
     try:
         KeyRing.load(settings.api_key_file)
@@ -230,7 +230,7 @@ class _Server:
         turns = app[TURNS]
         if turns.live:
             log.warning(
-                "stopping: %d running answers have %g s to end (again Ctrl-C to cut them)",
+                "stopping: %d running answers have %g s to end (again Ctrl-C to wait no longer)",
                 turns.live,
                 self._settings.drain_s,
             )

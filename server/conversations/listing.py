@@ -21,7 +21,7 @@ __all__ = ["MAX_QUERY_CHARS", "MAX_SEARCHED", "MAX_SEARCHED_ITEMS", "Listing"]
 MAX_QUERY_CHARS = 256
 MAX_SEARCHED = 200
 """A search looks at this many of a caller's newest conversations, no further."""
-MAX_SEARCHED_ITEMS = 20_000
+MAX_SEARCHED_ITEMS = 10_000
 """And no further than these many items in them; the newest conversation is always looked at."""
 
 
@@ -131,4 +131,8 @@ class Listing:
 
 
 def _not_listed(conversation_id: str) -> ApiError:
-    return invalid(f"There is no conversation '{conversation_id}' in this list.", param="after")
+    return invalid(
+        f"There is no conversation '{conversation_id}' in this list.",
+        param="after",
+        code="conversation_not_found",
+    )

@@ -22,6 +22,7 @@ from redis.asyncio.client import Pipeline
 
 from server.conversations.titles import title_of
 from server.conversations.tree import StoredItem, Tree
+from server.paging import Item
 from server.store import Store, reaching
 
 __all__ = ["ConversationRecord", "Kept", "Records"]
@@ -109,6 +110,13 @@ class Records:
         record = self._owned(data, owner)
         return None if record is None else _kept(record, order, stored)
 
+    async def item(self, conversation_id: str, item_id: str) -> Item | None:
+        """Return one item of whoever's conversation. Raises StoreError."""
+        client: Any = self._redis
+        with reaching():
+            data = await client.hget(self.key(conversation_id, "items"), item_id)
+        return None if data is None else _decode_item(data).body()
+
     async def watched(self, pipe: Pipeline, conversation_id: str, owner: str | None) -> Kept | None:
         """Read a conversation within a transaction that watches its record."""
         reads: Any = pipe
@@ -123,13 +131,16 @@ class Records:
         record, tree = kept.record, kept.tree
         conversation_id = record.conversation_id
         items, order = self.key(conversation_id, "items"), self.key(conversation_id, "order")
-        number = kept.next_number
-        for item_id, stored in tree.items.items():
-            if item_id not in kept.stored:
-                pipe.zadd(order, {item_id: number})
-                number += 1
-            if kept.stored.get(item_id) is not stored:
-                pipe.hset(items, item_id, _encode(stored))
+        rows: dict[Any, bytes] = {
+            item_id: _encode(stored)
+            for item_id, stored in tree.items.items()
+            if kept.stored.get(item_id) is not stored
+        }
+        if rows:
+            pipe.hset(items, mapping=rows)
+        added = [item_id for item_id in rows if item_id not in kept.stored]
+        if added:
+            pipe.zadd(order, {one: number for number, one in enumerate(added, kept.next_number)})
         if gone := [item_id for item_id in kept.stored if item_id not in tree]:
             pipe.hdel(items, *gone)
             pipe.zrem(order, *gone)
@@ -173,7 +184,9 @@ def _kept(
     items = {one.decode(): _decode_item(stored[one]) for one, _ in order if one in stored}
     next_number = int(order[-1][1]) + 1 if order else 0
     if record.head is not msgspec.UNSET:
-        return Kept(record, Tree(items, record.head), items, next_number)
+        # What belongs together may expire a moment apart.
+        head = record.head if record.head in items else None
+        return Kept(record, Tree(items, head), items, next_number)
     # Its items lay in one sequence, with the parents they had before others were deleted.
     tree = Tree.chain(items)
     title = record.title or title_of(tree.bodies(items))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ __all__ = ["Found", "Match", "fold", "search", "words_of"]
 MAX_WORDS = 32
 BEFORE_CHARS = 40
 SNIPPET_CHARS = 160
-_ACCENTS = dict.fromkeys(range(0x300, 0x370))
+_ACCENTS = re.compile("[\u0300-\u036f]+")
 """Combining marks of Latin, Greek and Cyrillic; in other scripts marks are letters."""
 
 
@@ -48,9 +49,9 @@ def fold(text: str) -> str:
     """Return ``text`` so that what people take for the same is the same (NFKD, case folded)."""
     if text.isascii():
         return text.lower()
-    # Folding case may bring forth marks (İ), and decomposing capitals (㎏ no, ℌ yes).
+    # Decomposing brings forth capitals (ℌ), and folding their case marks (İ).
     folded = unicodedata.normalize("NFKD", text).casefold()
-    return unicodedata.normalize("NFKD", folded).translate(_ACCENTS)
+    return _ACCENTS.sub("", unicodedata.normalize("NFKD", folded))
 
 
 def words_of(query: str) -> list[str]:
@@ -103,9 +104,5 @@ def _unfolded(text: str, at: int) -> int:
     """Return where the character lies whose folded form has the offset ``at``."""
     if text.isascii():
         return at
-    length = 0
-    for index, char in enumerate(text):
-        length += len(fold(char))
-        if length > at:
-            return index
-    return len(text)
+    ends = range(len(text))
+    return bisect_right(ends, at, key=lambda end: len(fold(text[:end]))) - 1

@@ -186,10 +186,11 @@ class Conversations:
 
     async def item(self, conversation_id: str, item_id: str, owner: str) -> Item:
         """Return one item, on whatever branch."""
-        tree = (await self._kept(conversation_id, owner)).tree
-        if item_id not in tree:
+        await self.get(conversation_id, owner)
+        item = await self._records.item(conversation_id, item_id)
+        if item is None:
             raise _no_item(item_id)
-        return tree.items[item_id].body()
+        return item
 
     async def delete_item(
         self, conversation_id: str, item_id: str, owner: str, *, subtree: bool = False

@@ -210,6 +210,7 @@ class Gate:
 def _waiting(request: TurnRequest, prompts: list[list[int]], room: int) -> WaitingTurn:
     asked = request.sampling.max_tokens
     num_sequences = len(prompts) * request.n
+    now_s = time.monotonic()
     return WaitingTurn(
         owner=request.owner,
         weight=request.weight,
@@ -217,7 +218,8 @@ def _waiting(request: TurnRequest, prompts: list[list[int]], room: int) -> Waiti
         prompt_tokens=sum(map(len, prompts)) * request.n,
         max_tokens=num_sequences * (room if asked is None else min(asked, room)),
         num_sequences=num_sequences,
-        since_s=time.monotonic(),
+        since_s=now_s,
+        due_s=request.due_s(now_s),
     )
 
 

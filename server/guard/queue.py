@@ -32,6 +32,13 @@ class WaitingTurn(NamedTuple):
     """Most tokens it may generate, over all its sequences."""
     num_sequences: int
     since_s: float
+    due_s: float
+    """When its answer is to begin."""
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """The lesser goes first among those of its key."""
+        return self.priority, self.due_s
 
 
 class Place(NamedTuple):
@@ -77,7 +84,8 @@ class WaitingTurns:
         ``deadline_s`` is how long its client wants to wait.
         """
         mine = sum(other.owner == turn.owner for other in self._turns.values())
-        wait_s = self._wait_s(turn, list(self._turns.values()))
+        ahead = [other for other in self._turns.values() if other.order <= turn.order]
+        wait_s = self._wait_s(turn, ahead)
         total = len(self._turns)
         # Whoever has less than its share of the queue may still come in, up to a second queue.
         full = total >= self._max_waiting and mine >= self._max_waiting * self._share(turn)
@@ -110,10 +118,11 @@ class WaitingTurns:
         """Return where a waiting turn stands."""
         turn = self._turns[turn_id]
         ahead = []
+        came_before = True
         for other_id, other in self._turns.items():
             if other_id == turn_id:
-                break
-            if other.priority <= turn.priority:
+                came_before = False
+            elif other.order < turn.order or (came_before and other.order == turn.order):
                 ahead.append(other)
         mine = sum(other.owner == turn.owner for other in ahead)
         return Place(mine + 1, self._wait_s(turn, ahead))

@@ -230,6 +230,11 @@ class _EngineMetrics:
             ),
             "generation_tokens": counter("generation_tokens", "Tokens generated."),
             "preemptions": counter("preemptions", "Sequences set back to make room."),
+            "aborts": counter("aborted_sequences", "Sequences aborted while the engine had them."),
+            "abort_steps": counter(
+                "abort_steps", "Steps for which aborted sequences still held their blocks."
+            ),
+            "late_aborts": counter("late_aborts", "Aborts that took more than two steps."),
             "queried_tokens": counter(
                 "prefix_cache_queried_tokens", "Prompt tokens looked up in the prefix cache."
             ),

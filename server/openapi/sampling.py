@@ -87,7 +87,9 @@ SAMPLING: dict[str, Schema] = {
             "exclusiveMinimum": 0,
             "maximum": 3600,
             "description": "Seconds within which the answer must begin. A request that cannot is "
-            "refused with 429, or ends incomplete with the reason `deadline`.",
+            "refused with 429, or ends incomplete with the reason `deadline`; one that has begun "
+            "is left alone. Of a key's requests with equal priorities the earliest goes first; "
+            "those without a deadline go as if they had 60 s.",
         }
     ),
 }

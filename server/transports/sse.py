@@ -11,7 +11,7 @@ from typing import NamedTuple
 from aiohttp import web
 
 from server.events import Event, ResponseQueued
-from server.journal import Entry
+from server.journal import Entry, JournalLeft
 from server.response_object import error_event
 from server.state import SETTINGS
 from server.store import StoreError
@@ -141,6 +141,10 @@ async def stream(
                     if data := render(batch):
                         await response.write(data)
                         wrote()
+            except JournalLeft:
+                # Without an end: the client comes back with the last id it has, elsewhere.
+                tail = b""
+                response.force_close()
             except StoreError as error:
                 log.error("a stream ends early: %s", error)
                 await response.write(b"event: error\ndata: %b\n\n" % error_event(str(error)))

@@ -17,14 +17,14 @@ from typing import Any, cast
 
 import msgspec
 import orjson
-from aiohttp import WSMsgType, web
+from aiohttp import WSCloseCode, WSMsgType, web
 
 from engine import ModelInfo
 from server.crash import log_crash
 from server.dialects import responses as dialect
 from server.dialects.fields import Fields, load_json, show
 from server.errors import ApiError, invalid
-from server.journal import Entry
+from server.journal import Entry, JournalLeft
 from server.responding import Items, begin
 from server.state import CONTROL, ENGINE, JOURNALS, OWNER, SESSIONS, SETTINGS, SOCKETS, TURNS
 from server.store import StoreError
@@ -200,6 +200,11 @@ class _Connection:
             except StoreError:
                 await self.send_error(_store_unavailable(), stream_id)
             except ConnectionResetError:
+                break
+            except JournalLeft:
+                await self._socket.close(
+                    code=WSCloseCode.SERVICE_RESTART, message=b"The answer goes on elsewhere."
+                )
                 break
             except Exception as error:
                 log_crash(log, "a WebSocket's lane", error)

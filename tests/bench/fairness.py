@@ -4,10 +4,13 @@
     python -m tests.bench.fairness --only single   or: split, overload
 
 ``single``: one key keeps 200 requests in flight; how long does another key's single request wait
-for its first token, against the idle server? ``split``: two keys with weights 1 and 3 always have
-more work than there are seats; who is served what? ``overload``: turns arrive at twice the measured
-capacity; how much of the capacity is served in full, is every refusal a 429 with ``Retry-After``,
-does the server's memory grow?
+for its first token, against the idle server (``times_idle``), and who is served what meanwhile?
+``split``: two keys with weights 1 and 3 always have more work than there are seats; is each served
+its share (``due``)? ``overload``: turns arrive at twice the measured capacity; how much of the
+capacity is served in full (``share``), is every refusal a 429 with ``Retry-After``, does the
+server's memory grow?
+
+All of it takes about two minutes on two cores; ``--seconds`` bounds each measurement.
 """
 
 from __future__ import annotations
@@ -149,25 +152,52 @@ async def load(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def single(report: Report, url: str, num_prompt: int) -> None:
+async def _first_tokens(client: Client, num_prompt: int, seconds: float) -> list[float]:
+    """Ask one after the other, ten times or as often as the time allows; when first tokens came."""
+    times: list[float] = []
+    give_up_s = time.perf_counter() + seconds
+    while len(times) < 10 and (len(times) < 3 or time.perf_counter() < give_up_s):
+        outcome = await client.ask(num_prompt, 8)
+        if outcome.status != 200:
+            raise RuntimeError(f"a single request was answered with status {outcome.status}")
+        times.append(outcome.first_s)
+    return times
+
+
+async def single(report: Report, url: str, num_prompt: int, seconds: float) -> None:
     """One key with 200 requests, another with one at a time."""
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:
         one, crowd = Client(session, url, "single"), Client(session, url, "crowd")
         for _ in range(3):
             await one.ask(num_prompt, 4)
-        idle = [(await one.ask(num_prompt, 8)).first_s for _ in range(10)]
+        idle = await _first_tokens(one, num_prompt, seconds)
         async with load(crowd, 200, 64, 256):
             await asyncio.sleep(6)
-            busy = [(await one.ask(num_prompt, 8)).first_s for _ in range(10)]
-    for label, times in (("idle", idle), ("200 of another key", busy)):
+            before, began_s = (one.tokens, crowd.tokens), time.perf_counter()
+            busy = await _first_tokens(one, num_prompt, seconds)
+            served = one.tokens - before[0], crowd.tokens - before[1]
+            took_s = time.perf_counter() - began_s
+    for label, times in (("alone", idle), ("flood", busy)):
         report.add(
-            what=f"first token, {num_prompt} prompt tokens, {label}",
+            what=f"{num_prompt}, {label}",
+            key="light",
+            weight=1,
             requests=len(times),
+            tokens_per_s=served[0] / took_s if times is busy else "",
+            share=served[0] / sum(served) if times is busy else "",
             first_ms_p50=statistics.median(times) * 1e3,
             first_ms_max=max(times) * 1e3,
-            ratio=statistics.median(times) / statistics.median(idle),
+            times_idle=statistics.median(times) / statistics.median(idle),
         )
+    report.add(
+        what=f"{num_prompt}, flood",
+        key="flood",
+        weight=1,
+        requests=200,
+        tokens_per_s=served[1] / took_s,
+        share=served[1] / sum(served),
+    )
 
 
 async def split(report: Report, url: str, seconds: float) -> None:
@@ -180,9 +210,16 @@ async def split(report: Report, url: str, seconds: float) -> None:
             before = light.tokens, heavy.tokens
             await asyncio.sleep(seconds)
             served = light.tokens - before[0], heavy.tokens - before[1]
-    for label, count, due in (("weight 1", served[0], 0.25), ("weight 3", served[1], 0.75)):
-        share = count / max(1, sum(served))
-        report.add(what=f"tokens served, {label}", tokens=count, share=share, ratio=share / due)
+    for weight, count, due in ((1, served[0], 0.25), (3, served[1], 0.75)):
+        report.add(
+            what="both flood",
+            key=f"flood {weight}",
+            weight=weight,
+            requests=48,
+            tokens_per_s=count / seconds,
+            share=count / max(1, sum(served)),
+            due=due,
+        )
 
 
 async def overload(report: Report, running: Server, seconds: float) -> None:
@@ -222,15 +259,18 @@ async def overload(report: Report, running: Server, seconds: float) -> None:
     right = [one for one in refused if one.status == 429 and int(one.retry_after or 0) >= 1]
     third = len(memory) // 3
     report.add(
-        what="overload, twice the capacity",
+        what="overload x 2",
+        key="flood",
+        weight=1,
         requests=len(outcomes),
-        tokens=f"{goodput:.0f}/s of {capacity:.0f}/s",
-        ratio=goodput / capacity,
+        tokens_per_s=goodput,
+        share=goodput / capacity,
+        due=1,
         first_ms_p50=statistics.median(one.first_s for one in good) * 1e3,
         first_ms_max=percentile([one.first_s for one in good], 99) * 1e3,
         refused=len(refused),
         refused_right=len(right),
-        memory_growth_mib=(max(memory[-third:]) - max(memory[third:-third])) / 2**20,
+        grown_mib=(max(memory[-third:]) - max(memory[third:-third])) / 2**20,
     )
 
 
@@ -240,13 +280,15 @@ def main() -> None:
     parser.add_argument("--only", choices=["single", "split", "overload"])
     parser.add_argument("--seconds", type=float, default=30.0)
     args = parser.parse_args()
-    columns = "what requests tokens share ratio first_ms_p50 first_ms_max refused refused_right"
-    report = Report("fairness", [*columns.split(), "memory_growth_mib"])
+    columns = "what key weight requests tokens_per_s share due first_ms_p50 first_ms_max"
+    report = Report(
+        "fairness", [*columns.split(), "times_idle", "refused", "refused_right", "grown_mib"]
+    )
     wanted = [args.only] if args.only else ["single", "split", "overload"]
     if "single" in wanted:
         with server() as running:
             for num_prompt in (64, 1000):
-                asyncio.run(single(report, running.url, num_prompt))
+                asyncio.run(single(report, running.url, num_prompt, args.seconds / 3))
     if "split" in wanted:
         with server("--max-num-seqs=32") as running:
             asyncio.run(split(report, running.url, args.seconds / 2))

@@ -6,6 +6,7 @@ import csv
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.table import Table
 __all__ = ["RESULTS", "Report", "device_name"]
 
 RESULTS = Path(__file__).parent / "results"
+WIDTH = 210
 
 
 def device_name() -> str:
@@ -64,7 +66,8 @@ class Report:
             table.add_column(column, justify="right" if column != self.columns[0] else "left")
         for row in self.rows:
             table.add_row(*(row.get(column, "") for column in self.columns))
-        Console(width=None).print(table)
+        # Into a file or a pipe, whole: cut columns tell nothing.
+        Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{self.name}.csv"
         with path.open("w", newline="", encoding="utf-8") as file:

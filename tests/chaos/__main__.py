@@ -14,7 +14,6 @@ from tests.chaos.cluster import Cluster, StoreType
 from tests.chaos.report import show
 from tests.chaos.run import run_scenario
 from tests.chaos.scenarios import SCENARIOS
-from tests.chaos.sentinel import takes_sentinels
 from tests.chaos.tally import Tally, row
 
 
@@ -25,7 +24,9 @@ def main() -> int:
     parser.add_argument(
         "--scenario", action="append", choices=[*SCENARIOS], help="all, unless given"
     )
-    parser.add_argument("--count", type=int, default=20, help="faults to inject in each scenario")
+    parser.add_argument(
+        "--count", type=int, help="faults to inject in each scenario (default: its own long run)"
+    )
     parser.add_argument("--strict", action="store_true", help="hold all to their goals")
     options = parser.parse_args()
     # Ended from outside, it still ends what it started.
@@ -36,16 +37,13 @@ def main() -> int:
     with _Clusters() as clusters:
         for name in options.scenario or SCENARIOS:
             scenario = SCENARIOS[name]
-            if scenario.store is StoreType.SENTINEL and not takes_sentinels():
-                console.print(f"{name}: not run, --redis-url cannot name Sentinels yet")
-                continue
             began_s = time.monotonic()
             try:
                 tally, found = run_scenario(
-                    clusters.get(scenario.store),
+                    clusters.get(scenario.store, scenario.arguments),
                     scenario,
                     seed=options.seed,
-                    count=options.count,
+                    count=options.count or scenario.long,
                     strict=options.strict,
                 )
             except Exception as error:
@@ -66,7 +64,7 @@ class _Clusters:
 
     def __init__(self) -> None:
         self._last: Cluster | None = None
-        self._store: StoreType | None = None
+        self._kind: tuple[StoreType, tuple[str, ...]] | None = None
 
     def __enter__(self) -> _Clusters:
         return self
@@ -74,12 +72,15 @@ class _Clusters:
     def __exit__(self, *_: object) -> None:
         self.drop()
 
-    def get(self, store: StoreType) -> Cluster:
-        """Return a cluster on such a store."""
-        if self._store is not store:
+    def get(self, store: StoreType, arguments: tuple[str, ...]) -> Cluster:
+        """Return a cluster on such a store, of servers with such options."""
+        if self._kind != (store, arguments):
             self.drop()
         if self._last is None:
-            self._last, self._store = Cluster(2, store=store), store
+            self._last, self._kind = (
+                Cluster(2, store=store, arguments=arguments),
+                (store, arguments),
+            )
             self._last.start()
         return self._last
 
@@ -87,7 +88,7 @@ class _Clusters:
         """End what runs."""
         if self._last is not None:
             self._last.stop()
-        self._last = self._store = None
+        self._last = self._kind = None
 
 
 if __name__ == "__main__":

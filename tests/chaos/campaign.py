@@ -77,6 +77,11 @@ class Campaign:
         """All replicas."""
         return [replica.url for replica in self.cluster.replicas]
 
+    def draw(self) -> tuple[Question, Answer]:
+        """Draw a question; return it with its answer."""
+        question = self.rng.choice(self._questions)
+        return question, self._answers[question]
+
     def client(
         self,
         addresses: Sequence[str],

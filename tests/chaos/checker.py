@@ -38,6 +38,8 @@ class Verdict:
     num_gaps: int = 0
     """Discontinuities that the server said."""
     resumed: bool = False
+    moves: int = 0
+    """Times that it was resumed at another server."""
 
     def add(self, fault: str, count: int = 1) -> None:
         """Count a fault."""
@@ -53,6 +55,7 @@ def check(
         faults=Counter(),
         num_tokens=history.num_tokens,
         resumed=len({one.connection for one in history.received}) > 1,
+        moves=history.moves,
     )
     _check_order(history.received, journal, verdict)
     _check_end(history, journal, verdict)

@@ -75,6 +75,7 @@ class Client:
         self._rng = random.Random(seed)
         self._patience_s = patience_s
         self._on_event = on_event
+        self._address: str | None = None
 
     async def run(self) -> History:
         """Return the history, with the terminal event, a refusal, or ``gave_up``."""
@@ -94,6 +95,8 @@ class Client:
         history = self.history
         address = self._rng.choice(self._addresses)
         history.connections += 1
+        history.moves += history.response_id is not None and address != self._address
+        self._address = address
         try:
             async with contextlib.aclosing(self._open(session, address)) as events:
                 await self._read(events)

@@ -57,6 +57,8 @@ class History:
     received: list[Received] = dataclasses.field(default_factory=list)
     notes: list[Note] = dataclasses.field(default_factory=list)
     connections: int = 0
+    moves: int = 0
+    """Times that it went on at another address than the one before."""
     refused: str | None = None
     """A typed refusal that ended it: "404 response_not_found"."""
     gave_up: bool = False

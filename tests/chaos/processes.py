@@ -23,9 +23,10 @@ __all__ = ["RedisServer", "Replica", "free_port", "until"]
 REDIS_START_S = 10.0
 TIGHT = (
     "--max-model-len", "1024", "--max-num-seqs", "8", "--max-num-tokens", "256",
-    "--kv-memory", "4MiB",
+    "--kv-memory", "4MiB", "--drain-seconds", "0.05",
 )  # fmt: skip
-"""Little room, so that chunks, queues and preemptions happen with a handful of clients."""
+"""Little room, so that chunks, queues and preemptions happen with a handful of clients; and less
+time at its end than an answer takes."""
 
 
 def free_port() -> int:
@@ -156,9 +157,9 @@ class Replica:
 
     def engine(self) -> psutil.Process:
         """The engine's process; raises LookupError while there is none."""
-        for child in psutil.Process(self.live.pid).children():
+        for child in psutil.Process(self.live.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if "engine" in child.cmdline():
+                if child.name() == "millrace-engine" and child.status() != psutil.STATUS_ZOMBIE:
                     return child
         raise LookupError("there is no engine process now")
 
@@ -166,8 +167,12 @@ class Replica:
         """SIGKILL the server; its engine notices and ends by itself."""
         os.kill(self.live.pid, signal.SIGKILL)
 
+    def terminate(self) -> int:
+        """SIGTERM the server, and return its exit status once it has ended."""
+        return self.live.stop()
+
     def restart(self) -> None:
-        """Start it anew after ``kill``."""
+        """Start it anew after its end."""
         self.collect()
         self.start()
 

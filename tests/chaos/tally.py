@@ -38,6 +38,8 @@ class Tally:
     num_tokens: int = 0
     num_gaps: int = 0
     num_resumed: int = 0
+    num_moves: int = 0
+    """Resumptions at another server than the one before."""
     num_affected: int = 0
     """Histories that were under way when a fault struck."""
     back_s: list[float] = dataclasses.field(default_factory=list)
@@ -45,6 +47,8 @@ class Tally:
     never_back: int = 0
     notes: list[str] = dataclasses.field(default_factory=list)
     """What else went wrong: a crash in a log, something left behind."""
+    measured: str = ""
+    """A figure that only this scenario has, in words."""
 
     def add(self, verdict: Verdict) -> None:
         """Count one history."""
@@ -52,6 +56,7 @@ class Tally:
         self.num_tokens += verdict.num_tokens
         self.num_gaps += verdict.num_gaps
         self.num_resumed += verdict.resumed
+        self.num_moves += verdict.moves
         self.endings[verdict.ending] += 1
         self.faults.update(verdict.faults)
 
@@ -128,8 +133,10 @@ def row(name: str, tally: Tally, found: Sequence[str]) -> Mapping[str, object]:
         "said lost": tally.num_gaps,
         "whole %": f"{100 * tally.whole_share:.1f}",
         "resumed %": f"{100 * tally.num_resumed / max(1, tally.num_histories):.1f}",
+        "moved": tally.num_moves,
         "back p50 s": seconds(0.5),
         "back p99 s": seconds(0.99),
         "back max s": seconds(1.0),
+        "measured": tally.measured,
         "verdict": "failed" if found else "ok",
     }

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.processes import until
-from tests.chaos.sentinel import SentinelStore, takes_sentinels
+from tests.chaos.sentinel import SentinelStore
 
 
 @pytest.mark.skipif(shutil.which("redis-server") is None, reason="no redis-server")
-@pytest.mark.skipif(not takes_sentinels(), reason="--redis-url cannot name Sentinels yet")
 @pytest.mark.timeout(180)
 def test_a_failover_makes_the_replica_master(tmp_path: Path) -> None:
     store = SentinelStore(tmp_path)

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -31,8 +32,8 @@ def own_server() -> Iterator[LiveServer]:
 
 
 def engine_of(server: LiveServer) -> psutil.Process | None:
-    """The engine that serves; None while there is none. The spare one has another name."""
-    for child in psutil.Process(server.pid).children():
+    """The engine that serves; None while there is none. What it is forked from has another name."""
+    for child in psutil.Process(server.pid).children(recursive=True):
         try:
             if child.name() == "millrace-engine" and child.status() != psutil.STATUS_ZOMBIE:
                 return child
@@ -144,3 +145,22 @@ async def test_an_idle_engine_that_dies_is_replaced(own_server: LiveServer) -> N
         assert time.monotonic() < give_up_s, own_server.log
     answer = await read(own_server, 1, None)
     assert answer.completion_tokens == NUM_TOKENS
+
+
+def test_what_engines_are_forked_from_has_one_thread(own_server: LiveServer) -> None:
+    """Of others a fork would leave nothing but the locks that they held."""
+    engine = engine_of(own_server)
+    assert engine is not None
+    zygote = engine.parent()
+    assert zygote is not None
+    assert zygote.name() == "millrace-zygote"
+    assert zygote.num_threads() == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="needs Linux's /proc")
+def test_the_engine_is_the_first_to_go_when_memory_runs_out(own_server: LiveServer) -> None:
+    engine = engine_of(own_server)
+    assert engine is not None
+    pids = (own_server.pid, engine.ppid(), engine.pid)
+    server, zygote, first = (int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in pids)
+    assert server < zygote < first

@@ -38,6 +38,16 @@ RESPONSE = {
     "ignore_eos": True,
     "background": True,
 }
+TOOLS = {
+    "model": "pebble",
+    "input": "What is 17 % of 2,340?",
+    "seed": 13,
+    "max_output_tokens": 200,
+    "tools": [{"type": "millrace:calculator"}],
+    "tool_choice": {"type": "millrace:calculator"},
+    "stream": True,
+    "store": True,
+}
 FRAMES_SEEN = 20
 
 
@@ -133,6 +143,41 @@ def test_a_killed_server_loses_nothing(redis_url: str) -> None:
         assert _text(events[-1]["response"]) == _text(alone)
         taken = heir.metrics()["millrace_takeovers_total{outcome=resumed}"]
         assert taken == 2
+        heir.assert_clean()
+    finally:
+        doomed.stop()
+        heir.stop()
+
+
+def test_a_server_that_is_killed_after_its_tools_answered(redis_url: str) -> None:
+    options = ["--kv-memory", "128MiB", "--redis-url", redis_url]
+    doomed, heir = LiveServer(options), LiveServer(options)
+    try:
+        with post(heir, "/v1/responses", {**TOOLS, "stream": False}) as answer:
+            alone = json.load(answer)
+        assert [item["type"] for item in alone["output"]][:2] == [
+            "function_call",
+            "function_call_output",
+        ]
+        events: list[Any] = []
+        with post(doomed, "/v1/responses", TOOLS) as answer:
+            stream = frames(answer)
+            while not events or events[-1]["type"] != "response.output_text.delta":
+                events.append(next(stream)[1])
+            os.kill(doomed.pid, signal.SIGKILL)
+        path = f"/v1/responses/{events[0]['response']['id']}?stream=true"
+        with get(heir, path, str(events[-1]["sequence_number"])) as answer:
+            events += [event for _, event in frames(answer)]
+        assert [event["sequence_number"] for event in events] == list(range(len(events)))
+        last = events[-1]["response"]
+        assert last["status"] == alone["status"]
+        assert _text(last) == _text(alone)
+        deltas = [one["delta"] for one in events if one["type"] == "response.output_text.delta"]
+        assert "".join(deltas) == _text(alone)
+        assert [item.get("output") for item in last["output"]] == [
+            item.get("output") for item in alone["output"]
+        ]
+        assert heir.metrics()["millrace_takeovers_total{outcome=resumed}"] == 1
         heir.assert_clean()
     finally:
         doomed.stop()

@@ -1,4 +1,4 @@
-"""An engine process without a model: ``python -m tests.engine.fake_engine FD``.
+"""Engine processes without a model: ``python -m tests.engine.fake_engine FD``.
 
 It speaks the real link and counts upward: after token t comes t + 1. What else it does, the model's
 name says ("refuse", "die-at-start", or "script:" and a file, see ``Script``), or a magic prompt
@@ -23,13 +23,13 @@ from engine.link import (
     Link,
     LinkClosed,
     Loading,
-    Prepared,
     Ready,
     Step,
     Submit,
     encode_frame,
 )
 from engine.types import Delta, EngineStats, FinishReason, ModelInfo, Request, Usage
+from engine.zygote import Zygote
 
 DIE = 1_000_000
 """A prompt that begins with this kills every process with SIGKILL after a token of its answer."""
@@ -173,11 +173,12 @@ def _answer(request: Request) -> Iterator[Delta]:
 
 
 def main() -> int:
-    """Start as the real engine does, or fail as the configured model says."""
-    sock = socket.socket(fileno=int(sys.argv[1]))
+    """Fork as the real zygote does; start as the real engine does, or fail as the model says."""
+    sock = Zygote(socket.socket(fileno=int(sys.argv[1]))).serve(lambda: None)
+    if sock is None:
+        return 0
     link = Link(sock)
     try:
-        link.send(Prepared())
         while not (messages := link.receive(10.0)):
             continue
         (first,) = messages

@@ -13,7 +13,14 @@ from hypothesis import HealthCheck, settings
 
 __all__ = ["MACHINE_TIMEOUT_S", "Mutation", "hypothesis_settings", "load_modules"]
 
-_SOURCES = ("engine.blocks", "engine.cache", "engine.fairness", "engine.steps", "engine.scheduler")
+_SOURCES = (
+    "engine.blocks",
+    "engine.cache",
+    "engine.fairness",
+    "engine.steps",
+    "engine.seats",
+    "engine.scheduler",
+)
 _LONG = os.environ.get("MILLRACE_HYPOTHESIS") == "long"
 
 MACHINE_TIMEOUT_S = 1800 if _LONG else 60

@@ -27,6 +27,7 @@ __all__ = [
     "drive",
     "expected_answer",
     "fingerprint",
+    "random_settings",
     "request_of",
 ]
 
@@ -83,7 +84,9 @@ def expected_answer(request: Request, max_model_len: int) -> tuple[list[int], Fi
 def request_of(request_id: str, prompt_ids: list[int], **options: Any) -> Request:
     """A request; options of SamplingParams and of Request are told apart by name."""
     outer = {
-        k: options.pop(k) for k in ("priority", "cache_salt", "tenant", "weight") if k in options
+        name: options.pop(name)
+        for name in ("priority", "cache_salt", "tenant", "weight", "due_s")
+        if name in options
     }
     sampling = SamplingParams(**{"max_tokens": 4, **options})
     return Request(request_id=request_id, prompt_ids=prompt_ids, sampling=sampling, **outer)
@@ -92,7 +95,7 @@ def request_of(request_id: str, prompt_ids: list[int], **options: Any) -> Reques
 @dataclass
 class _Record:
     request: Request
-    order: tuple[int, int]
+    order: tuple[int, float, int]
     fingerprints: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -167,7 +170,7 @@ class World:
             self.scheduler.check_integrity()
             return False
         assert could_fit, f"{request} was taken but can never fit"
-        record = _Record(request, (request.priority, self._arrivals))
+        record = _Record(request, (request.priority, request.due_s, self._arrivals))
         self._arrivals += 1
         self.live[request.request_id] = record
         self.scheduler.check_integrity()
@@ -190,7 +193,11 @@ class World:
 
     def abort(self, request_id: str) -> None:
         """End a request; its blocks are free at once and it is told so once."""
+        held = {name: set(s.block_ids[0]) for name, s in self.scheduler._requests.items()}
+        others = set().union(*(blocks for name, blocks in held.items() if name != request_id))
+        num_free = self.cache.num_free
         delta = self.scheduler.abort(request_id)
+        assert self.cache.num_free == num_free + len(held[request_id] - others)
         assert delta is not None
         assert delta.finish_reason is FinishReason.ABORT
         assert delta.token_ids == []
@@ -200,9 +207,11 @@ class World:
 
     def step(self, meanwhile: Callable[[], None] | None = None) -> int:
         """Plan, compute and commit one step; returns the number of rows."""
+        waited = self.live.keys() - self._seated()
         plan = self.scheduler.plan()
         self.scheduler.check_integrity()
         self._check_plan(plan)
+        self._check_admitted(waited & self._seated())
         output = self._forward(plan)
         if meanwhile is not None:
             meanwhile()
@@ -216,8 +225,9 @@ class World:
         bound = sum(
             len(r.request.prompt_ids) + r.request.sampling.max_tokens for r in self.live.values()
         )
-        if len({r.request.tenant for r in self.live.values()}) > 1:
-            # Between two charges the first in turn may compute all its tokens again.
+        if len({(r.request.tenant, r.request.due_s) for r in self.live.values()}) > 1:
+            # Between two charges the first in turn may compute all its tokens again; and each that
+            # is due before it may have had to wait for a place, and send it back then.
             bound *= self.settings.max_model_len
         for _ in range(bound):
             if not self.scheduler.has_work:
@@ -249,9 +259,28 @@ class World:
         if self.live:
             first = min(self.live.values(), key=lambda record: record.order)
             if len({record.request.tenant for record in self.live.values()}) == 1:
-                assert first.request.request_id in ids, "the first in order makes no progress"
+                # One that is due earlier takes no seat from one that has it.
+                seated = min((self.live[name] for name in self._seated()), key=lambda r: r.order)
+                assert seated.request.request_id in ids, "the first in order makes no progress"
             priorities = [row.state.request.priority for row in plan.rows]
             assert first.request.priority in priorities, "the first priority makes no progress"
+
+    def _seated(self) -> set[str]:
+        """Requests that run."""
+        running = self.modules.scheduler.Phase.RUNNING
+        return {name for name, state in self.scheduler._requests.items() if state.phase is running}
+
+    def _check_admitted(self, admitted: set[str]) -> None:
+        """Within a tenant and a priority nobody is let in before one that is due earlier."""
+        for waiting in self.live.keys() - self._seated():
+            other = self.live[waiting]
+            for name in admitted:
+                record = self.live[name]
+                if (record.request.tenant, record.order[0]) == (
+                    other.request.tenant,
+                    other.order[0],
+                ):
+                    assert record.order < other.order, f"{name} was let in before {waiting}"
 
     def _slot(self, row: Any, position: int) -> int:
         block_size = self.settings.block_size
@@ -357,11 +386,26 @@ class World:
             assert record.prompt_logprobs is None
 
 
+def random_settings(seed: int) -> WorldSettings:
+    """Settings of a world with hardly any room."""
+    rng = random.Random(seed)
+    return WorldSettings(
+        num_blocks=rng.randrange(2, 13),
+        block_size=rng.randrange(1, 5),
+        max_num_tokens=rng.randrange(1, 12),
+        max_num_seqs=rng.randrange(1, 6),
+        max_model_len=rng.randrange(4, 24),
+        chunk_tokens=rng.choice([None, None, 1, 3]),
+        prefix_cache=rng.random() < 0.9,
+    )
+
+
 def drive(settings: WorldSettings, modules: Any, seed: int, num_actions: int = 60) -> World:
     """Do a random but repeatable sequence of things to a new world, then let it finish."""
     rng = random.Random(seed)
     world = World(settings, modules)
     tenants = [["one"], ["one", "two", "three"]][seed % 2]
+    dues = [[0.0], [0.0, 1.0, 2.5]][seed % 3 > 0]
     shared = [rng.randrange(1, VOCABULARY) for _ in range(settings.max_model_len)]
     count = 0
     for _ in range(num_actions):
@@ -383,6 +427,7 @@ def drive(settings: WorldSettings, modules: Any, seed: int, num_actions: int = 6
                     priority=rng.choice([0, 0, 0, -1, 2]),
                     cache_salt=rng.choice(["", "", "other"]),
                     tenant=rng.choice(tenants),
+                    due_s=rng.choice(dues),
                     weight=rng.choice([1.0, 1.0, 3.0]),
                 )
             )

@@ -120,16 +120,17 @@ async def test_death_at_the_start_is_a_typed_error() -> None:
 
 
 async def test_no_process_outlives_a_cancelled_start() -> None:
-    before = {child.pid for child in psutil.Process().children()}
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
     task = asyncio.create_task(EngineClient.start(EngineConfig(), command=COMMAND))
     await asyncio.sleep(0.05)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert {child.pid for child in psutil.Process().children()} <= before
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
 
 
-async def test_the_engine_ends_when_the_server_is_killed() -> None:
+@pytest.mark.parametrize("engine_state", ["idle", "stopped"])
+async def test_no_process_outlives_a_killed_server(engine_state: str) -> None:
     script = (
         "import asyncio, sys\n"
         "from engine.client import EngineClient\n"
@@ -145,6 +146,12 @@ async def test_the_engine_ends_when_the_server_is_killed() -> None:
     )
     assert server.stdout is not None
     engine = psutil.Process(int(await server.stdout.readline()))
+    family = psutil.Process(server.pid).children(recursive=True)
+    assert engine in family
+    assert len(family) == 2
+    if engine_state == "stopped":
+        engine.suspend()
     os.kill(server.pid, signal.SIGKILL)
     await server.wait()
-    await asyncio.to_thread(engine.wait, 10)
+    _, alive = await asyncio.to_thread(psutil.wait_procs, family, 15)
+    assert not alive

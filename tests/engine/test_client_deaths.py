@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from engine import client as client_module
-from engine import watchdog
+from engine import recovery, watchdog
 from engine.client import EngineClient, EngineState
 from engine.config import EngineConfig
 from engine.errors import EngineClosed, EngineDied
@@ -35,8 +35,7 @@ WAYS = ("kill", "lose", "half", "stop", "spin", "sleep", "garble")
 def impatience() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(watchdog, "HANG_S", 2.5)
-        patch.setattr(client_module, "RESTART_DELAY_S", 0.01)
-        patch.setattr(client_module, "SPARE_DELAY_S", 0.0)
+        patch.setattr(recovery, "RESTART_DELAY_S", 0.01)
         yield
 
 
@@ -46,12 +45,11 @@ def request(name: str, prompt: list[int], max_tokens: int = 5) -> Request:
     )
 
 
-async def start(path: Path, *script: str, spare: bool = False) -> EngineClient:
+async def start(path: Path, *script: str) -> EngineClient:
     """A client of fake engines that each follow one line of the script."""
     file = path / "script"
     file.write_text("\n".join(script))
-    config = EngineConfig(model=f"script:{file}", spare_process=spare)
-    return await EngineClient.start(config, command=COMMAND)
+    return await EngineClient.start(EngineConfig(model=f"script:{file}"), command=COMMAND)
 
 
 async def deltas(stream: RequestStream) -> list[Delta]:
@@ -72,6 +70,20 @@ def hurt(client: EngineClient, how: signal.Signals) -> int:
     assert pid is not None
     os.kill(pid, how)
     return pid
+
+
+async def zygote_of(client: EngineClient) -> psutil.Process:
+    """The process that engines are forked from, once it is ready to."""
+    while (zygote := client._nursery.zygote) is None or not zygote.prepared:
+        await asyncio.sleep(0.005)
+    return psutil.Process(zygote.pid)
+
+
+async def take_engine(client: EngineClient) -> None:
+    """Kill the engine, and have the next one take its time."""
+    (await zygote_of(client)).suspend()
+    hurt(client, signal.SIGKILL)
+    await until(client, EngineState.RESTARTING)
 
 
 @pytest.fixture
@@ -144,8 +156,8 @@ async def test_many_kills_are_no_reason_to_give_up(client: EngineClient) -> None
 
 async def test_a_stopped_idle_engine_is_replaced(client: EngineClient) -> None:
     pid = hurt(client, signal.SIGSTOP)
-    await until(client, EngineState.RESTARTING)
-    await until(client, EngineState.READY)
+    while not client.recoveries.recovered:
+        await asyncio.sleep(0.005)
     assert not psutil.pid_exists(pid)
     assert await tokens(client.generate(request("again", [7], 3))) == [8, 9, 10]
     assert (client.recoveries.hangs, client.recoveries.recovered) == (1, 1)
@@ -181,8 +193,7 @@ async def test_abort_and_leave_work_without_an_engine(client: EngineClient) -> N
     left = client.generate(request("left", [0], 10**9))
     stays = client.generate(request("stays", [0], 200))
     await anext(aborted)
-    hurt(client, signal.SIGKILL)
-    await until(client, EngineState.RESTARTING)
+    await take_engine(client)
     client.abort("aborted")
     await left.aclose()
     rest = await deltas(aborted)  # now, not when an engine is back
@@ -208,8 +219,7 @@ async def test_requests_wait_for_the_next_engine_up_to_a_bound(
 ) -> None:
     monkeypatch.setattr(client_module, "MAX_WAITING", 3)
     running = client.generate(request("running", [0], 1000))
-    hurt(client, signal.SIGKILL)
-    await until(client, EngineState.RESTARTING)
+    await take_engine(client)
     early = [client.generate(request(f"early{i}", [10 * i], 3)) for i in range(3)]
     with pytest.raises(EngineClosed, match="4 requests wait"):
         client.generate(request("too many", [0]))
@@ -247,32 +257,57 @@ async def test_a_failed_restart_is_followed_by_another(tmp_path: Path) -> None:
     await client.close()
 
 
-async def spare_of(client: EngineClient) -> psutil.Process:
-    while client._spare is None or not client._spare.prepared:
-        await asyncio.sleep(0.005)
-    return psutil.Process(client._spare.pid)
-
-
-async def test_the_spare_takes_over(tmp_path: Path) -> None:
-    client = await start(tmp_path, "kill 5", spare=True)
-    spare = await spare_of(client)
-    assert len(await tokens(client.generate(request("a", [0], 20)))) == 20
-    assert client.pid == spare.pid
-    next_spare = await spare_of(client)
-    assert next_spare.pid != spare.pid
+async def test_engines_are_forked_from_one_process(tmp_path: Path) -> None:
+    client = await start(tmp_path, "kill 5", "stop 9", "kill 3")
+    zygote = await zygote_of(client)
+    assert await tokens(client.generate(request("a", [0], 20))) == list(range(1, 21))
+    assert await zygote_of(client) == zygote
+    assert [child.pid for child in zygote.children()] == [client.pid]
+    assert client.recoveries.recovered == 3
     await client.close()
-    assert not spare.is_running()
-    assert not next_spare.is_running()
+    assert not zygote.is_running()
+
+
+async def test_three_kills_in_quick_succession(client: EngineClient) -> None:
+    """Each as soon as the next engine is there: the answer goes on after the last of them."""
+    stream = client.generate(request("a", [0], 3000))
+    await anext(stream)
+    killed: set[int] = set()
+    while len(killed) < 2:
+        if client.pid not in (None, *killed):
+            killed.add(hurt(client, signal.SIGKILL))
+        await asyncio.sleep(0)
+    # A third one that brought nothing would be said to have died of the request.
+    seen = (await anext(stream)).token_ids
+    while client.pid in (None, *killed):
+        seen += (await anext(stream)).token_ids
+    for _ in range(8):
+        seen += (await anext(stream)).token_ids
+    hurt(client, signal.SIGKILL)
+    seen += await tokens(stream)
+    assert seen == list(range(seen[0], 3001))
+    assert client.recoveries.restarts == 3
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-async def test_a_spare_that_is_not_fit_is_not_relied_on(
-    tmp_path: Path, how: signal.Signals
-) -> None:
-    client = await start(tmp_path, "kill 5", spare=True)
-    spare = await spare_of(client)
-    os.kill(spare.pid, how)
+async def test_a_zygote_that_is_not_fit_is_replaced(tmp_path: Path, how: signal.Signals) -> None:
+    client = await start(tmp_path, "kill 5")
+    zygote = await zygote_of(client)
+    os.kill(zygote.pid, how)
     assert await tokens(client.generate(request("a", [0], 20))) == list(range(1, 21))
-    assert client.pid != spare.pid
+    assert client.recoveries.recovered == 1
+    assert await zygote_of(client) != zygote
     await client.close()
-    assert not spare.is_running()
+    assert not zygote.is_running()
+
+
+async def test_a_zygote_that_is_killed_alone_is_replaced(client: EngineClient) -> None:
+    zygote, engine = await zygote_of(client), client.pid
+    zygote.kill()
+    while (present := client._nursery.zygote) is not None and present.pid == zygote.pid:
+        await asyncio.sleep(0.005)
+    zygote_next = await zygote_of(client)
+    assert client.pid == engine
+    hurt(client, signal.SIGKILL)
+    assert await tokens(client.generate(request("a", [0], 20))) == list(range(1, 21))
+    assert [child.pid for child in zygote_next.children()] == [client.pid]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+
 import msgspec
 import pytest
 import torch
@@ -158,11 +161,45 @@ def test_a_step_that_fails_ends_the_loop_and_says_why(cause: Exception, is_memor
 
 
 def test_an_abort_is_answered_in_the_same_round() -> None:
-    link = ScriptedLink([submit("a", [10], 50)], [Abort("a"), Abort("unknown")], [])
+    link = ScriptedLink([submit("a", [10], 50)], [Abort("a", 0.0), Abort("unknown", 0.0)], [])
     run(link)
     assert link.deltas("a")[-1].finish_reason is FinishReason.ABORT
     assert link.sent[1].deltas[-1].finish_reason is FinishReason.ABORT
     assert link.sent[-1].stats.free_blocks == 32
+
+
+@pytest.mark.parametrize("at_plan", [1, 2, 3, 7])
+def test_an_abort_frees_its_blocks_within_two_steps(at_plan: int) -> None:
+    """It comes while a step is computed in which its request has a row: as late as may be."""
+    held: dict[int, int] = {}
+
+    class Interrupted(CountingRunner):
+        def step(self, plan: Plan) -> StepOutput:
+            if self.plans + 1 == at_plan:
+                link.rounds[0].append(Abort("a", time.monotonic()))
+            output = super().step(plan)
+            held[self.plans] = len({block for row in plan.rows for block in row.state.block_ids[0]})
+            return output
+
+    # 40 tokens are read in three steps, so that some aborts fall between a prompt's chunks.
+    link = ScriptedLink([submit("b", [1], 50), submit("a", [2] * 40, 20)], *([] for _ in range(12)))
+    run(link, Interrupted())
+    (last,) = [delta for delta in link.deltas("a") if delta.finish_reason]
+    assert last.finish_reason is FinishReason.ABORT
+    stats = link.sent[-1].stats
+    assert (stats.aborts, stats.abort_steps, stats.late_aborts) == (1, 1, 0)
+    for step in link.sent:
+        if step.stats.steps > at_plan:  # the step in flight, and no other
+            used = step.stats.num_blocks - step.stats.free_blocks
+            assert used == held[step.stats.steps] <= -(-step.stats.steps // 4)
+
+
+def test_aborts_that_come_late_are_counted() -> None:
+    aborts: list[ToEngine] = [Abort("a", math.inf), Abort("b", 0.0), Abort("unknown", 0.0)]
+    link = ScriptedLink([submit(name, [10], 50) for name in "abc"], [], [], aborts, [])
+    run(link)
+    stats = link.sent[-1].stats
+    assert (stats.aborts, stats.abort_steps, stats.late_aborts) == (2, 3, 1)
 
 
 def test_a_second_configuration_is_a_bug_of_the_caller() -> None:

@@ -26,7 +26,7 @@ from engine.types import Delta, EngineStats, Request, SamplingParams
 
 @given(st.lists(st.text(max_size=40), max_size=12), st.randoms(use_true_random=False))
 def test_frames_survive_any_cut(ids: list[str], random: object) -> None:
-    messages: list[ToEngine] = [Abort(text) for text in ids]
+    messages: list[ToEngine] = [Abort(text, 1.5) for text in ids]
     stream = b"".join(encode_frame(message) for message in messages)
     decoder = msgspec.msgpack.Decoder(ToEngine)
     buffer = bytearray()

@@ -6,7 +6,6 @@ first request in order gains a token, all books agree. Then bugs are planted, wh
 
 from __future__ import annotations
 
-import random
 from functools import cache
 from typing import Any
 
@@ -20,6 +19,7 @@ from tests.engine.scheduler_world import (
     World,
     WorldSettings,
     drive,
+    random_settings,
     request_of,
 )
 
@@ -77,6 +77,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             "cache_salt": st.sampled_from(["", "other"]),
             "tenant": st.sampled_from(["", "one", "two"]),
             "weight": st.sampled_from([1.0, 0.5, 4.0]),
+            "due_s": st.sampled_from([-1.0, 2.5, 7.0]),
         },
     )
 
@@ -132,19 +133,6 @@ SchedulerMachine.TestCase.settings = hypothesis_settings(max_examples=150, state
 TestScheduler = pytest.mark.timeout(MACHINE_TIMEOUT_S)(SchedulerMachine.TestCase)
 
 
-def random_settings(seed: int) -> WorldSettings:
-    rng = random.Random(seed)
-    return WorldSettings(
-        num_blocks=rng.randrange(2, 13),
-        block_size=rng.randrange(1, 5),
-        max_num_tokens=rng.randrange(1, 12),
-        max_num_seqs=rng.randrange(1, 6),
-        max_model_len=rng.randrange(4, 24),
-        chunk_tokens=rng.choice([None, None, 1, 3]),
-        prefix_cache=rng.random() < 0.9,
-    )
-
-
 def test_random_worlds_exercise_what_they_are_for() -> None:
     preemptions = cached = 0
     for seed in range(60):
@@ -156,7 +144,7 @@ def test_random_worlds_exercise_what_they_are_for() -> None:
 
 
 CACHE, SCHEDULER, BLOCKS = "engine.cache", "engine.scheduler", "engine.blocks"
-STEPS = "engine.steps"
+STEPS, SEATS = "engine.steps", "engine.seats"
 MUTATIONS = [
     Mutation("reference not dropped", BLOCKS, "ref_counts[block] -= 1", "keys"),
     Mutation("reference not counted", BLOCKS, "ref_counts[block] += 1", "keys"),
@@ -207,11 +195,11 @@ MUTATIONS = [
         "num_token_blocks = num_tokens // self.block_size\n        for",
     ),
     Mutation("blocks kept on release", CACHE, "self._pool.free(blocks)", "pass"),
-    Mutation("preempted tokens not recomputed", SCHEDULER, "state.num_computed = 0\n", "pass\n"),
+    Mutation("preempted tokens not recomputed", SEATS, "state.num_computed = 0\n", "pass\n"),
     Mutation("samples before it caught up", SCHEDULER, "num_new, num_new == left", "num_new, True"),
     Mutation(
         "first in order gives way",
-        SCHEDULER,
+        SEATS,
         "last = running.pop()",
         "last = running.pop(0)",
     ),
@@ -242,14 +230,14 @@ MUTATIONS = [
     Mutation("stop tokens ignored", STEPS, "if token_ids[-1] in self.stop_ids and", "if False and"),
     Mutation(
         "prompt logprobs from cache",
-        SCHEDULER,
+        SEATS,
         "use_cache = not head.wants_prompt_logprobs",
         "use_cache = True",
     ),
-    Mutation("prompt logprobs twice", SCHEDULER, "state.prompt_logprobs = []", "pass"),
+    Mutation("prompt logprobs twice", SEATS, "state.prompt_logprobs = []", "pass"),
     Mutation(
         "growth forgets the new token",
-        SCHEDULER,
+        SEATS,
         "state.num_computed + 1):",
         "state.num_computed):",
     ),
@@ -259,12 +247,16 @@ MUTATIONS = [
         "state.move(Phase.FINISHED)\n        self._cache.release(state.holding)",
         "state.move(Phase.FINISHED)",
     ),
-    Mutation("priorities wait", SCHEDULER, "        self._admit_urgent()\n", ""),
+    Mutation("priorities wait", SCHEDULER, "        self._seats.admit_urgent()\n", ""),
     Mutation(
         "arrival order forgotten",
         STEPS,
-        "(request.priority, arrival)",
-        "(request.priority, -arrival)",
+        "request.due_s, arrival)",
+        "request.due_s, -arrival)",
+    ),
+    Mutation("deadlines forgotten", STEPS, "request.due_s, arrival)", "0.0, arrival)"),
+    Mutation(
+        "the last deadline first", STEPS, "request.due_s, arrival)", "-request.due_s, arrival)"
     ),
     Mutation(
         "aborted request stays listed",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from engine.errors import RequestError
 from engine.scheduler import Phase, Plan, RequestState
 from engine.types import Usage
 from tests.engine.scheduler_steps import add, finish_step, run_to_end, scheduler, step
@@ -55,6 +58,58 @@ def test_lower_priority_numbers_go_first_and_equals_in_order_of_arrival() -> Non
     for name, priority in (("a", 5), ("b", 0), ("c", 5), ("d", -3), ("e", 0)):
         add(sched, name, priority=priority, max_tokens=2)
     assert run_to_end(sched) == ["d", "b", "e", "a", "c"]
+
+
+def test_what_is_due_first_goes_first_within_a_priority() -> None:
+    sched = scheduler(max_num_seqs=1)
+    for name, priority, due_s in (("a", 0, 9), ("b", 1, 1), ("c", 0, 5), ("d", 0, 7), ("e", 0, 5)):
+        add(sched, name, priority=priority, due_s=due_s, max_tokens=2)
+    assert run_to_end(sched) == ["c", "e", "d", "a", "b"]
+
+
+def test_what_is_due_first_takes_no_seat_from_one_that_has_it() -> None:
+    sched = scheduler(max_num_seqs=1)
+    add(sched, "a", due_s=9, max_tokens=3)
+    step(sched)
+    add(sched, "b", due_s=9, max_tokens=1)
+    add(sched, "c", due_s=1, max_tokens=1)
+    assert run_to_end(sched) == ["a", "c", "b"]
+    assert sched.stats()["preemptions"] == 0
+
+
+def test_what_is_due_last_gives_way_to_growth() -> None:
+    sched = scheduler(num_blocks=8, block_size=2, max_model_len=14)  # 7 usable
+    add(sched, "a", 4, due_s=2, max_tokens=8)
+    add(sched, "b", 4, due_s=1, max_tokens=8)
+    assert run_to_end(sched) == ["b", "a"]
+    assert sched.stats()["preemptions"] >= 1
+
+
+def test_deadlines_of_one_tenant_are_no_matter_to_another() -> None:
+    sched = scheduler(max_num_seqs=1)
+    add(sched, "hurried", tenant="one", due_s=0, max_tokens=8)
+    step(sched)
+    add(sched, "more hurried", tenant="one", due_s=-5, max_tokens=8)
+    add(sched, "patient", tenant="two", due_s=99, max_tokens=1)
+    assert run_to_end(sched) == ["hurried", "patient", "more hurried"]
+
+
+def test_nobody_starves_behind_those_in_a_hurry() -> None:
+    """One that may wait long goes first once its time has come, however many are always due."""
+    sched = scheduler(max_num_seqs=1, max_model_len=64)
+    add(sched, "patient", due_s=60, max_tokens=1)
+    ended: list[str] = []
+    for now in range(200):
+        add(sched, f"urgent{now}", due_s=now + 5, max_tokens=1)
+        ended += [delta.request_id for delta in finish_step(sched, sched.plan())]
+        if "patient" in ended:
+            break
+    assert ended == [*(f"urgent{now}" for now in range(55)), "patient"]
+
+
+def test_a_deadline_must_be_a_number() -> None:
+    with pytest.raises(RequestError, match="due_s is not a number"):
+        add(scheduler(), "a", due_s=float("nan"))
 
 
 def test_an_urgent_request_takes_a_seat_and_its_owner_returns_to_the_same_answer() -> None:

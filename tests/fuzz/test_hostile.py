@@ -264,7 +264,12 @@ def foreign_requests(owned: Owned) -> list[tuple[str, str, Any]]:
         ("POST", "/v1/responses", {**body, "conversation": chat}),
         ("GET", f"/v1/conversations/{chat}", None),
         ("GET", f"/v1/conversations/{chat}/items", None),
+        ("GET", f"/v1/conversations/{chat}/items?tree=true", None),
         ("POST", f"/v1/conversations/{chat}", {"metadata": {"a": "b"}}),
+        ("POST", f"/v1/conversations/{chat}", {"title": "x"}),
+        ("POST", f"/v1/conversations/{chat}/fork", {}),
+        ("POST", "/v1/responses", {**body, "conversation": {"id": chat, "after": None}}),
+        ("GET", f"/v1/conversations?after={chat}", None),
         ("POST", f"/v1/conversations/{chat}/items", {"items": [{"role": "user", "content": "x"}]}),
         ("DELETE", f"/v1/conversations/{chat}", None),
     ]

@@ -56,7 +56,7 @@ class ChatServer:
         """Events for who picks an answer up again."""
         self.asked: list[dict[str, Any]] = []
         self.resumed_after: list[str] = []
-        self.titles: list[str] = []
+        self.num_conversations = 0
         self.cancelled = asyncio.Event()
         self.key: str | None = None
         self.url = ""
@@ -96,8 +96,9 @@ class ChatServer:
         return web.json_response({"data": [{"id": "small"}, {"id": "large"}]})
 
     async def _conversation(self, http: web.Request) -> web.Response:
-        self.titles.append((await http.json())["metadata"]["title"])
-        return web.json_response({"id": f"conv_{len(self.titles)}"})
+        assert await http.json() == {}
+        self.num_conversations += 1
+        return web.json_response({"id": f"conv_{self.num_conversations}"})
 
     async def _cancel(self, http: web.Request) -> web.Response:
         assert http.match_info["id"] == ID

@@ -72,7 +72,7 @@ class TestOnATerminal:
         assert second["instructions"] == "be kind"
         assert first["temperature"] == 0.5
         assert third["input"] == "/third\nand more"
-        assert server.titles == ["first thing", "/third and more"]
+        assert server.num_conversations == 2
 
     async def test_tools(self, server: ChatServer) -> None:
         server.script = lambda _: [

@@ -46,6 +46,7 @@ class TestOptions:
         ("max_num_seqs", "9"),
         ("num_threads", "3"),
         ("redis_url", "redis://r:1"),
+        ("drain_seconds", "1.5"),
         ("api_key_file", "/keys"),
         ("served_model_name", "fine"),
     )
@@ -64,6 +65,7 @@ class TestOptions:
         )
         assert (settings.host, settings.port) == ("0.0.0.0", 81)
         assert settings.redis_url == "redis://r:1"
+        assert settings.drain_s == 1.5
         assert settings.api_key_file == Path("/keys")
 
     def test_on_the_command_line(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
+import aiohttp
 import jsonschema
 import pytest
 
 from server import idempotency
 from server.openapi.document import document
-from server.state import JOURNALS, METRICS, TURNS
+from server.state import JOURNALS, METRICS, STORE, TAKEOVER, TURNS
+from server.store import StoreKind
 from tests.server.edge import read_samples
 from tests.server.scripted import ScriptedEngine, say
 from tests.server.serving import Served, memory_store, read_events, serving
@@ -238,3 +240,43 @@ async def test_wrong_contracts_are_refused(wrong: Any) -> None:
         assert status == 400
         assert body["error"]["param"].startswith("on_disconnect")
         assert not server.engine.requests
+
+
+async def test_readers_of_a_server_that_ends_are_sent_on() -> None:
+    """Their connections end without a terminal event, and the other server has the rest."""
+    async with pair() as servers:
+        here, there = servers.here, servers.there
+        here.app[STORE].kind = StoreKind.REDIS
+        stream_id, answer = await begin(here, on_disconnect="linger=60")
+        socket = await here.client.ws_connect("/v1/responses")
+        create = {"type": "response.create", "model": "scripted", "input": "hi"}
+        await socket.send_json(create)
+        events = [await socket.receive_json()]
+        while events[-1]["type"] != "response.output_text.delta":
+            events.append(await socket.receive_json())
+        whole = asyncio.create_task(here.client.post(CHAT, json=BODY))
+        while here.app[TURNS].live < 3:
+            await asyncio.sleep(0)
+        await here.app[TURNS].drain(0.0)
+        message = await socket.receive()
+        while message.type is aiohttp.WSMsgType.TEXT:
+            events.append(message.json())
+            message = await socket.receive()
+        assert message.data == aiohttp.WSCloseCode.SERVICE_RESTART
+        rest = [chunk async for *_, chunk in read_events(answer)]
+        assert not any(chunk["choices"][0]["finish_reason"] for chunk in rest)
+        refused = await whole
+        assert refused.status == 503
+        assert (await refused.json())["error"]["code"] == "server_draining"
+        await there.app[TAKEOVER].scan()
+        servers.gate.set()
+        path = f"/v1/responses/{events[0]['response']['id']}?stream=true"
+        headers = {"Last-Event-ID": str(events[-1]["sequence_number"])}
+        more = await there.client.get(path, headers=headers)
+        events += [event async for *_, event in read_events(more)]
+        assert [event["sequence_number"] for event in events] == list(range(len(events)))
+        assert events[-1]["response"]["output"][0]["content"][0]["text"] == "hello"
+        again = await there.client.get(f"{CHAT}/{stream_id}")
+        assert (await again.json())["choices"][0]["message"]["content"] == "hello"
+        await here.idle()
+        await there.idle()

@@ -250,3 +250,13 @@ async def test_the_queue_is_bounded() -> None:
         assert refused == ["queue_full"] * 7
         await served.idle()
         assert len(served.engine.requests) == 3
+
+
+async def test_the_engine_is_told_what_is_due_first() -> None:
+    engine = ScriptedEngine(say("abc"))
+    async with serving(engine) as served:
+        for deadline_s in (None, 3600, None, 5):
+            await served.post(CHAT, chat(deadline_s=deadline_s))
+        names = dict(zip(("first", "patient", "second", "hurried"), engine.requests, strict=True))
+    order = sorted(names, key=lambda name: names[name].due_s)
+    assert order == ["hurried", "first", "second", "patient"]

@@ -22,7 +22,8 @@ def pace(tokens_per_s: float | None = None) -> Pace:
 
 
 def turn(owner: str = "a", prompt: int = 100, most: int = 100, **fields: float) -> WaitingTurn:
-    return WaitingTurn(owner, fields.get("weight", 1.0), 0, prompt, most, 1, 0.0)
+    due_s = fields.get("due_s", 0.0)
+    return WaitingTurn(owner, fields.get("weight", 1.0), 0, prompt, most, 1, 0.0, due_s)
 
 
 def queue(
@@ -134,3 +135,15 @@ def test_the_pace_follows_the_engine_and_its_successor() -> None:
     assert measured.tokens_per_s == pytest.approx(10, rel=0.2)
     measured.update(EngineStats(steps=0, busy_s=0.0))
     assert measured.tokens_per_s == pytest.approx(10, rel=0.2)
+
+
+def test_what_is_due_first_stands_first() -> None:
+    turns = queue(100.0, wait_s=5.0)
+    for index in range(2):
+        turns.enter(str(index), turn(due_s=60.0 + index))  # 200 tokens each, 2 s
+    assert refusal(turns, turn(prompt=200, due_s=62.0)).code == "queue_too_slow"
+    turns.check(turn(prompt=200, due_s=2.0), 2.0)
+    turns.enter("hurried", turn(due_s=2.0))
+    assert [turns.place(name).place for name in ("hurried", "0", "1")] == [1, 2, 3]
+    assert turns.place("hurried").wait_s == pytest.approx(1)
+    assert turns.place("0").wait_s == pytest.approx(2 + 1)

@@ -84,7 +84,7 @@ async def test_live_and_stored_followers_see_the_same_bytes(journals: Journals) 
         journal.append(event)
     await journal.written()
     journals.release(journal)
-    stored = await _data(await journals.follow("t"))
+    stored = await _data(journals.stored.read("t", -1))
     assert stored == await live
     assert [decode_event(data).sequence_number for data in stored] == [0, 1, 2, 3]
 
@@ -256,7 +256,55 @@ async def test_lost_history_is_written_again(journals: Journals, store: Store) -
     journal.append(completed())
     await journal.written()
     journals.release(journal)
-    assert await numbers(await journals.follow("t")) == [0, 1, 2, 3]
+    assert await numbers(journals.stored.read("t", -1)) == [0, 1, 2, 3]
+
+
+async def test_an_older_state_of_the_store_is_noticed(journals: Journals, store: Store) -> None:
+    """A failover without an error: no connection breaks, and what is written has a gap before it.
+    The turn that ended just before is whole again too."""
+    ended, running = open_journal(journals, "ended"), open_journal(journals, "running")
+    for journal in (ended, running):
+        journal.append(created())
+        journal.append(delta("a"))
+        await journal.written()
+    older = {key: await store.redis.dump(key) async for key in store.redis.scan_iter()}
+    ended.append(completed())
+    running.append(delta("b"))
+    await asyncio.gather(ended.written(), running.written())
+    journals.release(ended)
+    for key, value in older.items():
+        assert value is not None
+        await store.redis.restore(key, 0, value, replace=True)
+    running.append(delta("c"))
+    await running.written()
+    running.append(completed())
+    await running.written()
+    journals.release(running)
+    for turn_id, length in (("ended", 3), ("running", 5)):
+        stored = [entry.event for entry in await journals.stored.entries(turn_id)]
+        assert [event.sequence_number for event in stored] == list(range(length))
+        assert await numbers(journals.stored.read(turn_id, -1)) == list(range(length))
+
+
+async def test_an_older_state_is_noticed_without_a_write(journals: Journals, store: Store) -> None:
+    journal = open_journal(journals)
+    rewritten = asyncio.Event()
+
+    async def note() -> None:
+        rewritten.set()
+
+    journal.on_rewritten = note
+    journal.append(created())
+    await journal.written()
+    older = {key: await store.redis.dump(key) async for key in store.redis.scan_iter()}
+    journal.append(completed())
+    await journal.written()
+    journals.release(journal)
+    for key, value in older.items():
+        assert value is not None
+        await store.redis.restore(key, 0, value, replace=True)
+    await asyncio.wait_for(rewritten.wait(), 20)
+    assert await numbers(journals.stored.read("t", -1)) == [0, 1]
 
 
 async def test_hole_in_the_stored_log_is_told(journals: Journals, store: Store) -> None:
@@ -266,7 +314,7 @@ async def test_hole_in_the_stored_log_is_told(journals: Journals, store: Store) 
     await journal.written()
     journals.release(journal)
     await store.redis.xdel(store.key("journal", "t"), "0-3", "0-4")
-    events = await read(await journals.follow("t", 0))
+    events = await read(journals.stored.read("t", 0))
     assert [event.sequence_number for event in events] == [1, 3, 4]
     gap = events[1]
     assert isinstance(gap, Discontinuity)
@@ -313,7 +361,7 @@ async def test_redis_that_is_killed_costs_a_running_turn_nothing() -> None:
     assert not journal.broken
     journals.release(journal)
     assert await reader == list(range(53))
-    assert await numbers(await journals.follow("t")) == list(range(53))
+    assert await numbers(journals.stored.read("t", -1)) == list(range(53))
     await journals.close()
     await store.close()
 

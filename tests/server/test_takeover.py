@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import pytest
 
 from engine import Request
+from server.agent.tools import BUILTIN_TOOLS
 from server.background import end
 from server.control import Control
 from server.errors import ApiError
@@ -25,17 +28,17 @@ from server.events import (
 )
 from server.guard.keys import KeyRing
 from server.guard.queue import Place
-from server.journal import Entry
+from server.journal import Entry, JournalLeft
 from server.journals import Journals
 from server.metering.metrics import Metrics
 from server.request import SamplingOptions, ToolOptions, TurnRequest
 from server.sessions import Sessions
-from server.store import Store
+from server.store import Store, StoreKind
 from server.takeover import Takeover
 from server.turn import Turn
 from server.turns import Turns
 from tests.server.gates import open_gate
-from tests.server.scripted import Script, ScriptedEngine, byte_tokenizer
+from tests.server.scripted import Script, ScriptedEngine, byte_tokenizer, call_text, prompt_text
 
 TEXT = "Grüß Gott, STOP says the stop string; 世界 and on it goes"
 
@@ -91,7 +94,7 @@ class Replica:
             steps = [*steps[:known], at_once, *steps[self.until :]]
         return Script(steps=steps, hold=self.hold)
 
-    async def start(self) -> Replica:
+    async def start(self) -> Self:
         await self.journals.start()
         return self
 
@@ -212,6 +215,42 @@ def _final(event: Event) -> Any:
     output = [{**item, "id": None, "content": item["content"]} for item in response["output"]]
     usage = {name: response["usage"][name] for name in ("input_tokens", "output_tokens")}
     return response["status"], output, usage
+
+
+@pytest.mark.parametrize("after", ["a", None])
+@pytest.mark.parametrize("wakes", [False, True])
+async def test_an_heir_keeps_the_branch(store: Store, after: str | None, wakes: bool) -> None:
+    """The items land once, after what the turn saw, though the head has moved meanwhile."""
+    dying = await Replica(store, allowed=5).start()
+    alive = await Replica(store).start()
+    old: list[dict[str, Any]] = [{"id": name, "type": "reasoning"} for name in "abc"]
+    chat = (await dying.sessions.conversations.create("", {}, old)).conversation_id
+    claimed = dying.sessions.conversations.claim(chat, "", "resp_1", num_new=2, after=after)
+    assert (await claimed).after == after
+    fields: dict[str, Any] = {**SHAPES[-1], "input_items": [{"id": "new", "type": "reasoning"}]}
+    turn = await dying.turns.start(
+        request(turn_id="resp_1", conversation_id=chat, conversation_after=after, **fields)
+    )
+    await until_written(turn, 5)
+    await end(*dying.journals._tasks[1:])
+    await store.redis.delete(dying.journals.replicas.key(dying.journals.replica_id))
+    await alive.sessions.conversations.update(chat, "", head="b")
+    await run_over(alive)
+    events = await asyncio.wait_for(events_of(await alive.journals.follow(turn.id)), 20)
+    check(events)
+    if wakes:
+        dying.hold.set()
+        await turn.ended()
+    answer = cast(Any, events[-1]).response["output"][0]
+    tree = await alive.sessions.conversations.tree(chat, "")
+    assert [(item["id"], item["parent_id"]) for item in tree] == [
+        ("a", None), ("b", "a"), ("c", "b"), ("new", after), (answer["id"], "new"),
+    ]  # fmt: skip
+    assert (await alive.sessions.conversations.get(chat, "")).head == answer["id"]
+    # And the conversation is free again.
+    await alive.sessions.conversations.delete_item(chat, "a", "")
+    for replica in (dying, alive):
+        await replica.close()
 
 
 async def test_a_paused_server_that_wakes_up_gives_way(store: Store) -> None:
@@ -344,6 +383,47 @@ async def test_only_one_server_takes_a_turn(store: Store) -> None:
         await replica.close()
 
 
+@pytest.mark.parametrize("allowed", [0, 5, 40])
+async def test_a_server_that_ends_hands_its_turns_over(store: Store, allowed: int) -> None:
+    """One look is enough: nobody waits until it is taken for dead. Its own readers are sent on, and
+    go on behind the last event that they have."""
+    store.kind = StoreKind.REDIS
+    ending = await Replica(store, allowed=allowed).start()
+    alive = await Replica(store).start()
+    turn = await ending.turns.start(request())
+    await until_written(turn, allowed)
+    seen: list[Event] = []
+
+    async def read() -> None:
+        async for batch in turn.batches():
+            seen.extend(entry.event for entry in batch)
+
+    reader = asyncio.create_task(read())
+    await ending.turns.drain(0.0)
+    with pytest.raises(JournalLeft):
+        await asyncio.wait_for(reader, 20)
+    assert ending.turns.live == 0
+    assert await alive.journals.replicas.others() == 0
+    await alive.takeover.scan()
+    last = seen[-1].sequence_number
+    rest = await asyncio.wait_for(events_of(await alive.journals.follow(turn.id, last)), 20)
+    check([*seen, *rest])
+    assert text_of([*seen, *rest]) == TEXT
+    for replica in (ending, alive):
+        await replica.close()
+
+
+async def test_without_others_to_share_with_turns_are_cancelled(store: Store) -> None:
+    ending = await Replica(store, allowed=5).start()
+    turn = await ending.turns.start(request())
+    await until_written(turn, 5)
+    await ending.turns.drain(0.0)
+    events = await events_of(turn.batches())
+    check(events)
+    assert isinstance(events[-1], ResponseCancelled)
+    await ending.close()
+
+
 async def test_heirs_may_die_too(store: Store) -> None:
     replicas = [await Replica(store, allowed=4).start()]
     turn = await replicas[0].turns.start(request())
@@ -369,31 +449,160 @@ async def test_heirs_may_die_too(store: Store) -> None:
 
 
 async def test_a_turn_that_cannot_go_on_ends_with_a_reason(store: Store) -> None:
-    """Another version makes other events of the same tokens; the server's tools run once only."""
-    for fields in ({}, {"tools": ToolOptions(builtin={"calculate": "calculator"})}):
-        dying = await Replica(store, allowed=4).start()
-        alive = await Replica(store).start()
-        turn = await dying.turns.start(request(**fields))
-        await until_written(turn, 4)
-        if not fields:
-            key = dying.journals.stored.key(turn.id)
-            rows = cast(Any, await store.redis.xrange(key))
-            place, row = rows[-1]
-            await store.redis.xdel(key, place)
-            changed = row[b"d"].replace(b'"delta":"', b'"delta":"never said ')
-            assert changed != row[b"d"]
-            # Behind the mark of a take-over that came no further.
-            await store.redis.xadd(key, {"r": "nobody"}, id="1-0")
-            await store.redis.xadd(key, {**row, b"d": changed}, id=f"1-{len(rows)}")
-        reader = asyncio.create_task(events_of(await alive.journals.follow(turn.id)))
-        await dying.die()
-        await run_over(alive)
-        events = await asyncio.wait_for(reader, 20)
-        check(events)
-        assert isinstance(events[-1], ResponseFailed)
-        assert events[-1].response["error"]["code"] == "takeover_failed"
-        for replica in (dying, alive):
-            await replica.close()
+    """Another version makes other events of the same tokens."""
+    dying = await Replica(store, allowed=4).start()
+    alive = await Replica(store).start()
+    turn = await dying.turns.start(request())
+    await until_written(turn, 4)
+    key = dying.journals.stored.key(turn.id)
+    rows = cast(Any, await store.redis.xrange(key))
+    place, row = rows[-1]
+    await store.redis.xdel(key, place)
+    changed = row[b"d"].replace(b'"delta":"', b'"delta":"never said ')
+    assert changed != row[b"d"]
+    # Behind the mark of a take-over that came no further.
+    await store.redis.xadd(key, {"r": "nobody"}, id="1-0")
+    await store.redis.xadd(key, {**row, b"d": changed}, id=f"1-{len(rows)}")
+    reader = asyncio.create_task(events_of(await alive.journals.follow(turn.id)))
+    await dying.die()
+    await run_over(alive)
+    events = await asyncio.wait_for(reader, 20)
+    check(events)
+    assert isinstance(events[-1], ResponseFailed)
+    assert events[-1].response["error"]["code"] == "takeover_failed"
+    for replica in (dying, alive):
+        await replica.close()
+
+
+CALL = call_text("calculator", '{"expression": "2340 * 17 / 100"}')
+CLOCK_CALL = call_text("get_current_time", '{"city": "Rome"}')
+ROUNDS = (f"Let me see. {CALL}", f"{CLOCK_CALL}\n{CALL}", "17 % of 2,340 is 397.8.")
+"""What the model says when it has been given no result, one round's, and both rounds'."""
+
+
+class ToolReplica(Replica):
+    """Calls tools in two rounds; it stops in round ``at[0]``, after ``at[1]`` tokens of it."""
+
+    def __init__(self, store: Store, at: tuple[int, int] | None = None) -> None:
+        super().__init__(store)
+        self.at = at
+        if at is not None:
+            self.hold.clear()
+
+    def _script(self, request: Request) -> Script:
+        results = prompt_text(request).count("\ntool: ")
+        number = (results + 1) // 2
+        steps = [[byte] for byte in ROUNDS[number].encode()]
+        if self.at is None or number < self.at[0]:
+            return Script(steps=steps)
+        count = self.at[1]
+        said = [token for step in steps[:count] for token in step]
+        return Script(steps=[said, *steps[count:]], hold=self.hold)
+
+    async def until_there(self, turn: Turn) -> None:
+        """Wait until the place is reached at which this replica stops."""
+        assert self.at is not None
+        number, count = self.at
+        async with asyncio.timeout(20):
+            while len(turn._sequences) <= number:
+                await asyncio.sleep(0.001)
+        while turn._sequences[number].choice.num_tokens < count:
+            await asyncio.sleep(0)
+        await turn._journal.written()
+
+
+def tool_request(**fields: Any) -> TurnRequest:
+    kinds = ("millrace:calculator", "millrace:current_time")
+    tools = [BUILTIN_TOOLS[kind] for kind in kinds]
+    options = ToolOptions(
+        functions=[tool.function() for tool in tools],
+        builtin={tool.name: tool.kind for tool in tools},
+    )
+    fields = {"messages": [{"role": "user", "content": "What is it?"}], "tools": options, **fields}
+    return request(dialect="responses", prompts=None, **fields)
+
+
+def items_of(event: Event) -> list[Any]:
+    """A terminal event's items without their ids, and without the time of day."""
+    output = cast(Any, event).response["output"]
+    return [
+        {
+            **{name: item[name] for name in item if name not in ("id", "call_id")},
+            **({"output": "the time"} if "time" in item.get("output", "") else {}),
+        }
+        for item in output
+    ]
+
+
+async def alone(store: Store, asked: TurnRequest) -> Event:
+    """The end of a turn that nobody disturbs."""
+    replica = await ToolReplica(store).start()
+    events = await events_of((await replica.turns.start(asked)).batches())
+    await replica.close()
+    return events[-1]
+
+
+@pytest.mark.parametrize("limit", [None, len("".join(ROUNDS))])
+@pytest.mark.parametrize("at", [(0, 5), (0, 40), (1, 0), (1, 30), (2, 0), (2, 9)])
+async def test_a_turn_that_calls_tools_goes_on(
+    store: Store, at: tuple[int, int], limit: int | None
+) -> None:
+    """What the tools said is in the log: it is given to the model again, and no tool is asked
+    twice. A limit of tokens is the whole turn's."""
+    sampling = SamplingOptions(seed=7, max_tokens=limit)
+    dying = await ToolReplica(store, at).start()
+    alive = await ToolReplica(store).start()
+    turn = await dying.turns.start(tool_request(sampling=sampling))
+    await dying.until_there(turn)
+    reader = asyncio.create_task(events_of(await alive.journals.follow(turn.id)))
+    await dying.die()
+    await run_over(alive)
+    events = await asyncio.wait_for(reader, 20)
+    check(events)
+    undisturbed = await alone(store, tool_request(sampling=sampling))
+    assert type(events[-1]) is type(undisturbed)
+    assert items_of(events[-1]) == items_of(undisturbed)
+    assert cast(Any, events[-1]).response["usage"] == cast(Any, undisturbed).response["usage"]
+    assert len(alive.engine.requests) == len(ROUNDS) - at[0]
+    for replica in (dying, alive):
+        await replica.close()
+
+
+@pytest.mark.parametrize("repeatable", [True, False])
+async def test_a_call_without_a_result(
+    store: Store, repeatable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server died while the tool ran: it is run again where that does no harm."""
+    calculator = BUILTIN_TOOLS["millrace:calculator"]
+    monkeypatch.setitem(BUILTIN_TOOLS, calculator.kind, calculator._replace(repeatable=repeatable))
+    dying = await ToolReplica(store).start()
+    alive = await ToolReplica(store).start()
+    turn = await dying.turns.start(tool_request())
+    asked, answer = threading.Event(), threading.Event()
+
+    def hang(*_: Any, **__: Any) -> None:
+        asked.set()
+        answer.wait(20)
+
+    monkeypatch.setattr(turn._rounds, "run", hang)
+    assert await asyncio.to_thread(asked.wait, 20)
+    await turn._journal.written()
+    reader = asyncio.create_task(events_of(await alive.journals.follow(turn.id)))
+    await dying.die()
+    await run_over(alive)
+    events = await asyncio.wait_for(reader, 20)
+    answer.set()
+    check(events)
+    items = cast(Any, events[-1]).response["output"]
+    outputs = [json.loads(one["output"]) for one in items if "output" in one]
+    assert [next(iter(one)) for one in outputs] == [
+        "result" if repeatable else "error",
+        "time",
+        "result",
+    ]
+    assert items[-1]["content"][0]["text"] == ROUNDS[-1]
+    for replica in (dying, alive):
+        await replica.close()
 
 
 async def test_a_cancel_reaches_a_turn_that_is_being_taken_over(store: Store) -> None:

@@ -18,6 +18,7 @@ from engine.train.dialogue import (
     ChatTemplate,
     LossWeights,
     encode_record,
+    join_requests,
     read_records,
     trim_tools,
 )
@@ -174,6 +175,46 @@ def test_trimming_keeps_called_tools() -> None:
     names = {tool["name"] for tool in trimmed["tools"]}
     assert len(names) == 2
     assert "tool5" in names
+
+
+def request(source: str, number: int, tools: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "source": source,
+        "tools": tools,
+        "messages": [
+            {"role": "system", "content": f"s{number}"},
+            {"role": "user", "content": f"u{number}"},
+            {"role": "assistant", "content": f"a{number}"},
+        ],
+    }
+
+
+def test_requests_that_share_their_tools_become_one_dialogue() -> None:
+    one, two, other = {"name": "one"}, {"name": "two"}, {"name": "one", "description": "another"}
+    long = request("a", 9, [one])
+    long["messages"] += long["messages"][1:]
+    plain = {"text": "t", "source": "a"}
+    records = [request("a", 0, [one]), long, request("b", 1, [one]), plain]
+    records += [request("a", 2, [two, one]), request("a", 3, [other]), request("a", 4, [other])]
+    for seed in range(20):
+        joined = list(join_requests(records, max_requests=3, rng=random.Random(seed)))
+        assert long in joined
+        assert plain in joined
+        said = [m["content"] for r in joined if r not in (long, plain) for m in r["messages"]]
+        assert sorted(c for c in said if c[0] == "u") == [f"u{n}" for n in (0, 1, 2, 3, 4)]
+        for record in joined:
+            if record is not plain:
+                roles = [message["role"] for message in record["messages"]]
+                assert roles.count("system") == 1
+                assert roles[1:] == ["user", "assistant"] * (len(roles) // 2)
+                names = [tool["name"] for tool in record["tools"]]
+                assert len(names) == len(set(names))
+                if "a3" in [message["content"] for message in record["messages"]]:
+                    assert record["tools"] == [other]  # one name, two forms: never together
+    longest = max(len(r.get("messages", ())) for r in joined)
+    assert longest > 3
+    alone = list(join_requests(records, max_requests=1, rng=random.Random(0)))
+    assert alone == records
 
 
 def test_records_come_out_of_compressed_files(tmp_path: Path) -> None:
