@@ -63,6 +63,8 @@ class PageServer:
     def __init__(self, *, api_key_file: Path | None = None, max_model_len: int = 4096) -> None:
         self.answers: dict[str, str | Script] = {}
         self.url = ""
+        self.direct_url = ""
+        """Reaches the server where ``url``, which may be cut, does not."""
         self._held: dict[str, Gate] = {}
         self._max_model_len = max_model_len
         self._api_key_file = api_key_file
@@ -70,7 +72,7 @@ class PageServer:
         self._thread = threading.Thread(target=self._loop.run_forever, name="page-server")
         self._runner: web.AppRunner
         self._relay: Relay
-        self.store: Store
+        self._store: Store
         self.engine: ScriptedEngine
 
     def __enter__(self) -> Self:
@@ -144,12 +146,14 @@ class PageServer:
     async def _start(self) -> None:
         self.engine = ScriptedEngine(self._script, max_model_len=self._max_model_len)
         settings = ServerSettings(port=0, api_key_file=self._api_key_file, drain_s=0)
-        self.store = await Store.open()
-        app = build_app(settings, self.engine, byte_tokenizer(), self.store)
+        self._store = await Store.open()
+        app = build_app(settings, self.engine, byte_tokenizer(), self._store)
         self._runner = web.AppRunner(app, shutdown_timeout=1, handler_cancellation=True)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self._relay = Relay(self._runner.addresses[0][1])
+        port = self._runner.addresses[0][1]
+        self.direct_url = f"http://127.0.0.1:{port}/"
+        self._relay = Relay(port)
         await self._relay.listen()
         self.url = f"http://127.0.0.1:{self._relay.port}/"
 
@@ -157,4 +161,4 @@ class PageServer:
         await self._relay.close()
         await self._runner.cleanup()
         await self.engine.close()
-        await self.store.close()
+        await self._store.close()

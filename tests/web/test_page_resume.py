@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Locator, Page, WebSocketRoute, expect
+from redis import Redis
 
 from tests.web.conftest import WAIT_MS, OpenPage
 from tests.web.page_process import PageProcess, RedisProcess, free_port
@@ -235,22 +236,24 @@ def test_lost_events_are_shown_as_a_hole_until_the_end_fills_it(
     assert_whole(page, held.url, response_id)
 
 
-class TestStoreLoss:
-    """The server comes back and knows nothing."""
+class TestGone:
+    """The server is there again, and has neither the answer nor its conversation."""
 
-    def lose(self, server: PageServer) -> None:
-        async def flush() -> None:
-            await server.store.redis.flushall()
-
+    def lose(self, page: Page, server: PageServer, response_id: str) -> None:
+        (conversation_id,) = page.evaluate(
+            "Object.keys(JSON.parse(localStorage.getItem('millrace.pending')))"
+        )
         server.release(HELD)
-        server.call(server.engine.settle())
-        server.call(flush())
+        wait_for_completion(server.direct_url, response_id)
+        for path in (f"responses/{response_id}", f"conversations/{conversation_id}"):
+            request = urllib.request.Request(f"{server.direct_url}v1/{path}", method="DELETE")
+            urllib.request.urlopen(request, timeout=20).close()
 
     def test_text_is_kept_and_marked(self, page: Page, held: PageServer) -> None:
-        begin(page, held_let(held))
+        response_id = begin(page, held_let(held))
         held.away()
         expect(notice(page)).to_have_text("Connection lost. Trying again…")
-        self.lose(held)
+        self.lose(page, held, response_id)
         held.back()
         alert = last_answer(page).get_by_role("alert")
         expect(alert).to_contain_text("The server no longer has this answer")
@@ -262,9 +265,12 @@ class TestStoreLoss:
         expect(last_answer(page).locator(".prose")).to_have_text(WORDS)
 
     def test_even_after_a_reload(self, page: Page, held: PageServer) -> None:
-        begin(page, held_let(held))
+        response_id = begin(page, held_let(held))
+        held.away()
+        expect(notice(page)).to_have_text("Connection lost. Trying again…")
+        self.lose(page, held, response_id)
         page.goto("about:blank")
-        self.lose(held)
+        held.back()
         page.goto(held.url)
         expect(last_answer(page).locator(".prose")).to_have_text("word0 word1 word")
         expect(last_answer(page).locator(".cut")).to_have_text("Cut off")
@@ -312,6 +318,23 @@ class TestKilledServer:
         expect(notice(page)).to_have_text(BACK)
         process.release()
         assert_whole(page, process.url, response_id)
+
+    def test_restart_on_an_empty_store(
+        self, page: Page, process: PageProcess, redis: RedisProcess
+    ) -> None:
+        begin(page, process.let)
+        process.kill()
+        expect(notice(page)).to_have_text("Connection lost. Trying again…")
+        with Redis.from_url(redis.url) as store:
+            store.flushall()
+        process.restart()
+        alert = last_answer(page).get_by_role("alert")
+        expect(alert).to_contain_text("The server no longer has this answer", timeout=WAIT_MS)
+        expect(last_answer(page).locator(".cut")).to_have_text("Cut off")
+        expect(last_answer(page).locator(".prose")).to_have_text("word0 word1 word")
+        page.reload()
+        expect(last_answer(page).locator(".cut")).to_have_text("Cut off")
+        expect(last_answer(page).locator(".prose")).to_have_text("word0 word1 word")
 
     def test_another_replica_takes_over(
         self, page: Page, process: PageProcess, redis: RedisProcess, tmp_path: Path

@@ -117,6 +117,14 @@ describe("BrowserStore", () => {
     expect(localStorage.getItem("millrace.pending")).toBeNull();
   });
 
+  it("keeps only the last few turns, the one that was saved last among them", () => {
+    localStorage.clear();
+    const store = new BrowserStore(localStorage);
+    const pending = { question: "q", after: null, responseId: null, seen: null };
+    for (const id of ["first", ..."abcdefgh", "first", "last"]) store.savePending(id, pending);
+    expect(["first", "a", "b", "c", "h", "last"].map((id) => store.pending(id) !== null)).toEqual([true, false, false, true, true, true]);
+  });
+
   it("finds the list that earlier pages kept, oldest first", () => {
     const list = [{ id: "b", title: "B", createdAt: 1, updatedAt: 9 }, { id: "a", title: "A", createdAt: 1, updatedAt: 2 }];
     localStorage.setItem("millrace.conversations", JSON.stringify(list));

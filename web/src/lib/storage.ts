@@ -14,6 +14,7 @@ export interface OldConversation {
 
 const PREFIX = "millrace.";
 const MAX_NOTES = 200;
+const MAX_PENDING = 8;
 
 export class BrowserStore {
   #storage: Storage | null;
@@ -62,7 +63,9 @@ export class BrowserStore {
   savePending(conversationId: string, pending: Pending | null): void {
     const { [conversationId]: _, ...others } = this.#record("pending");
     const all = pending === null ? others : { ...others, [conversationId]: pending };
-    this.write("pending", Object.keys(all).length === 0 ? null : all);
+    // Of answers that were lost, somebody may have walked away.
+    const kept = Object.entries(all).slice(-MAX_PENDING);
+    this.write("pending", kept.length === 0 ? null : Object.fromEntries(kept));
   }
 
   forget(conversationId: string): void {

@@ -191,6 +191,7 @@ export class Chat {
   async askAnew(at: number): Promise<void> {
     const message = this.thread.messages[at];
     if (message?.role !== "user") return;
+    if (this.thread.id !== null) this.#forget(this.thread.id);
     this.open(null);
     if (this.blocked === null) await this.send(message.text);
     else this.thread.draft = message.text;

@@ -260,8 +260,9 @@ export class Thread {
     this.stopping = false;
     // Left, not ended: it is found again by what is in storage.
     if (this.id === null || !isEnded(state.phase)) return;
-    // What broke off may still be running, and can be found again after a reload.
-    if (state.phase !== "broken") this.#store.savePending(this.id, null);
+    // What broke off may still be running, and is to be found again after a reload.
+    const broken = state.phase === "broken" && this.#live !== null;
+    this.#store.savePending(this.id, broken ? pendingOf(this.#live as Live) : null);
     if (state.problem !== null) this.#events.failed(state.problem);
     // What failed or broke off is not (yet) stored: it stays as it is, unless it turns up after all.
     if (state.phase === "failed" || state.phase === "broken") {
