@@ -135,7 +135,7 @@ class Journal:
         self.on_moved: Callable[[], None] = lambda: None
         self.on_rewritten: Callable[[], Awaitable[None]] = _nothing
         """Called when the store lost the log, or may have: what else is stored of the turn may be
-        lost too. May raise StoreError."""
+        lost too. May raise StoreUnavailable."""
         self._failure = failure
         self._on_append = on_append
         self._elsewhere = elsewhere

@@ -365,9 +365,8 @@ class Journals:
         while this process did not reach it, others may have taken turns over.
         """
         self._unverified = False
-        if await self._store.redis.get(self._store.key("epoch")) != self._store.epoch:
-            return  # All is lost; the write finds that out and sees to it.
-        if self._lost or await self._writes.lost():
+        epoch = await self._store.redis.get(self._store.key("epoch"))
+        if epoch != self._store.epoch or self._lost or await self._writes.lost():
             await self._recover()
             return
         for journal in list(self._live.values()):

@@ -264,13 +264,18 @@ class Turns:
                 await asyncio.sleep(KEEP_RETRY_S)
 
     async def _keep_again(self, turn: Turn) -> None:
-        """Store what the store lost of a turn besides its log. Raises StoreError."""
+        """Store what the store lost of a turn besides its log. Raises StoreUnavailable."""
         if not _kept(turn.request):
             return
-        if turn.response["status"] == "in_progress":
-            await self._keeper.begin_again(turn.request, turn.response)
-        else:
-            await self._keeper.end(turn.request, turn.response)
+        try:
+            if turn.response["status"] == "in_progress":
+                await self._keeper.begin_again(turn.request, turn.response)
+            else:
+                await self._keeper.end(turn.request, turn.response)
+        except StoreUnavailable:
+            raise
+        except StoreError as error:
+            log.error("what the store lost of %s cannot be stored again: %s", turn.id, error)
 
     def forget(self, turn: Turn) -> None:
         """Take an ended turn out of the registry."""

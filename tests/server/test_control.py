@@ -280,3 +280,25 @@ async def test_readers_of_a_server_that_ends_are_sent_on() -> None:
         assert (await again.json())["choices"][0]["message"]["content"] == "hello"
         await here.idle()
         await there.idle()
+
+
+async def test_a_response_that_the_store_lost_while_it_ran_is_there_again() -> None:
+    """Its record comes back with its log, though nothing is written meanwhile."""
+    async with pair() as servers:
+        here, there = servers.here, servers.there
+        body = {"model": "scripted", "input": "hi", "background": True}
+        async with here.client.post("/v1/responses", json=body) as answer:
+            path = f"/v1/responses/{(await answer.json())['id']}"
+        await here.app[STORE].redis.flushall()
+        shown = await there.client.get(path)
+        async with asyncio.timeout(20):
+            while shown.status != 200:
+                await asyncio.sleep(0.05)
+                shown = await there.client.get(path)
+        assert (await shown.json())["status"] == "in_progress"
+        servers.gate.set()
+        answer = await there.client.get(f"{path}?stream=true")
+        events = [event async for *_, event in read_events(answer)]
+        assert [event["sequence_number"] for event in events] == list(range(len(events)))
+        assert (await (await there.client.get(path)).json())["status"] == "completed"
+        await here.idle()
