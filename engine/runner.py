@@ -85,8 +85,7 @@ class Runner:
             model_config.quantization,
             SCHEMES.get(config.quantization),
         )
-        quantised = model_config.quantization or config.quantization is not Quantization.NONE
-        if quantised and ops.name.startswith("cpu"):
+        if _quantization_of(model_config, config) is not None and ops.name.startswith("cpu"):
             log.warning(
                 "the CPU kernels multiply quantised weights as bfloat16, and hold them so: they "
                 "take as much memory and time as bfloat16 weights"
@@ -124,6 +123,7 @@ class Runner:
             block_size=config.block_size,
             num_blocks=self._cache.num_blocks,
             defaults=defaults,
+            quantization=_quantization_of(model_config, config),
         )
         on_progress("warming up", 0.0)
         self._warm_up(min(32, config.max_num_tokens, max_model_len - 1))
@@ -242,6 +242,12 @@ def _allocate_cache(
     )
     memory = zeroed_memory(num_blocks * block_bytes, device)
     return KVCache(model, memory, num_blocks, config.block_size, dtype)
+
+
+def _quantization_of(model: ModelConfig, config: EngineConfig) -> str | None:
+    if model.quantization is not None:
+        return model.quantization.layout.value
+    return None if config.quantization is Quantization.NONE else config.quantization.value
 
 
 def _name_of(model: str) -> str:

@@ -154,6 +154,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     defaults: SamplingDefaults = SamplingDefaults()
     """From ``generation_config.json``; for requests that do not say."""
+    quantization: str | None = None
+    """How the weights are quantised, by the checkpoint or at loading; None: they are not."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

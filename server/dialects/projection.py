@@ -167,4 +167,6 @@ def as_cut(event: Event) -> Event:
 def fingerprint(info: ModelInfo) -> str:
     """Return ``system_fingerprint``: it changes when the same request may give other tokens."""
     text = f"{info.name}/{info.num_parameters}/{info.dtype}/{info.device}/{info.max_model_len}"
+    if info.quantization is not None:
+        text += f"/{info.quantization}"
     return "fp_" + hashlib.blake2b(text.encode(), digest_size=5).hexdigest()

@@ -16,6 +16,7 @@ from engine.errors import CheckpointError, ConfigError
 from engine.loader import WeightSource
 from engine.model_config import read_model_config
 from engine.quantisation import SCHEMES, quantise
+from engine.quantised_tensors import layout_of
 from engine.quantization_config import Layout
 from engine.runner import Runner
 from engine.train.load import load_model
@@ -81,6 +82,9 @@ def test_a_written_checkpoint_answers_as_its_numbers_do(
     assert answers(tmp_path / "few") == wanted
     assert answers(base, quantization=choice) == wanted
     assert answers(base) != wanted
+    runner = Engine(tmp_path / "few").runner
+    assert runner.info.quantization == layout_of(scheme).value
+    assert Engine(base, quantization=choice).runner.info.quantization == choice.value
 
 
 @pytest.mark.parametrize("choice", CHOICES)

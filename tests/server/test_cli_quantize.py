@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -14,9 +15,14 @@ import server.cli.serve
 from engine import Quantization
 from engine.train.quantising.plan import QuantiseSettings
 from server.__main__ import app
+from server.cli.banner import banner
 from server.cli.quantize import QuantizeError, parse_share
+from server.dialects.projection import fingerprint
+from server.settings import ServerSettings
+from server.store import StoreKind
 from tests.engine.checkpoints import Shape, make
 from tests.engine.tokenizer_files import byte_level
+from tests.server.test_cli_serve import TestBanner as BannerTests
 
 
 @pytest.fixture
@@ -67,6 +73,14 @@ def test_serve_takes_it_at_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.cli.serve, "serve", record)
     assert invoke("serve", "some/model", "--quantization=int8").exit_code == 0
     assert seen == [Quantization.INT8]
+
+
+def test_who_asks_can_tell_the_weights_apart(tmp_path: Path) -> None:
+    plain = BannerTests.INFO
+    made = msgspec.structs.replace(plain, quantization="int4")
+    assert fingerprint(made) != fingerprint(plain)
+    shown = banner(ServerSettings(page_dir=tmp_path), ("::1", 81), made, StoreKind.REDIS, "h:1")
+    assert "10.5M parameters, int4 and bfloat16 on cpu" in shown
 
 
 @pytest.mark.parametrize(("text", "share"), [("1%", 0.01), ("0.5 %", 0.005), ("0.02", 0.02)])
