@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from tests.chaos.readme import README, with_tables
+
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = re.compile(
     r"`((?:kernels|engine|server|web|tests)/[\w./{},*-]*|[\w.-]+\.(?:md|toml|txt|yaml))`"
@@ -47,6 +49,11 @@ def test_every_make_target_in_the_readme_exists() -> None:
     used = set(re.findall(r"^make ([a-z-]+)", readme, re.MULTILINE))
     assert used
     assert used <= targets
+
+
+def test_the_readme_has_the_kept_results() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert with_tables(text) == text
 
 
 def test_lock_files_name_no_registry() -> None:

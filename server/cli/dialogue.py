@@ -134,7 +134,7 @@ class Answer:
         kind = str(event.get("type"))
         if kind == "error":
             self._refuse(event)
-        elif kind == "discontinuity":
+        elif kind == "response.millrace.discontinuity":
             self.lost_history = True
         elif kind in _TERMINAL:
             self._end(_TERMINAL[kind], _mapping(event.get("response")), now_s)

@@ -91,7 +91,7 @@ class TestAnswer:
 
     def test_lost_history_is_told(self) -> None:
         one = Answer(0.0)
-        self.feed([created(), {"type": "discontinuity"}, ended(1)], one)
+        self.feed([created(), {"type": "response.millrace.discontinuity"}, ended(1)], one)
         assert "lost" in one.summary()
 
     @given(

@@ -1,4 +1,4 @@
-"""A TCP relay in front of a server, whose connections a test can cut."""
+"""A TCP relay in front of a server, whose connections a test can cut or let hang."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ class Relay:
         self._target_port = target_port
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
+        self._flows: set[asyncio.Event] = set()
+        self._hangs = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def listen(self) -> None:
@@ -29,6 +31,8 @@ class Relay:
         """Cut all connections; new ones are taken."""
         for writer in self._open:
             writer.transport.abort()
+        for flow in self._flows:
+            flow.set()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def close(self) -> None:
@@ -38,28 +42,45 @@ class Relay:
             self._server = None
         await self.cut()
 
+    def freeze(self) -> None:
+        """Carry nothing more on the connections that are open now, and close none of them."""
+        for flow in self._flows:
+            flow.clear()
+
+    def hang(self, hangs: bool) -> None:
+        """Whether connections to come are taken and then carry nothing."""
+        self._hangs = hangs
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
         writers = [writer]
+        flow = asyncio.Event()
+        if not self._hangs:
+            flow.set()
+        self._flows.add(flow)
         try:
             there, back = await asyncio.open_connection("127.0.0.1", self._target_port)
             writers.append(back)
             self._open.update(writers)
-            await asyncio.gather(_pump(reader, back), _pump(there, writer))
+            await asyncio.gather(_pump(reader, back, flow), _pump(there, writer, flow))
         except OSError:
             pass
         finally:
             self._open.difference_update(writers)
+            self._flows.discard(flow)
             for one in writers:
                 one.transport.abort()
             self._tasks.discard(task)
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _pump(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flow: asyncio.Event
+) -> None:
     with contextlib.suppress(OSError):
         while data := await reader.read(CHUNK_BYTES):
+            await flow.wait()
             writer.write(data)
             await writer.drain()
     # Whoever ended ends the other side too; half-open connections are of no use here.

@@ -63,6 +63,8 @@ class PageServer:
     def __init__(self, *, api_key_file: Path | None = None, max_model_len: int = 4096) -> None:
         self.answers: dict[str, str | Script] = {}
         self.url = ""
+        self.direct_url = ""
+        """Reaches the server where ``url``, which may be cut, does not."""
         self._held: dict[str, Gate] = {}
         self._max_model_len = max_model_len
         self._api_key_file = api_key_file
@@ -101,6 +103,14 @@ class PageServer:
     def cut(self) -> None:
         """Cut every connection; new ones are taken at once."""
         self.call(self._relay.cut())
+
+    def freeze(self) -> None:
+        """Let every open connection hang: nothing comes through, and nobody closes it."""
+        self.do(self._relay.freeze)
+
+    def hang(self, hangs: bool) -> None:
+        """Let connections to come hang too, or no longer."""
+        self.do(lambda: self._relay.hang(hangs))
 
     def away(self) -> None:
         """Cut every connection and refuse new ones. The server itself goes on."""
@@ -141,7 +151,9 @@ class PageServer:
         self._runner = web.AppRunner(app, shutdown_timeout=1, handler_cancellation=True)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self._relay = Relay(self._runner.addresses[0][1])
+        port = self._runner.addresses[0][1]
+        self.direct_url = f"http://127.0.0.1:{port}/"
+        self._relay = Relay(port)
         await self._relay.listen()
         self.url = f"http://127.0.0.1:{self._relay.port}/"
 

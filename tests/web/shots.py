@@ -44,7 +44,13 @@ def ask(page: Page, question: str, *, wait: bool = True) -> None:
     page.get_by_label("Message", exact=True).fill(question)
     page.get_by_role("button", name="Send").click()
     if wait:
-        page.get_by_role("button", name="Regenerate answer").wait_for(timeout=ANSWER_TIMEOUT_MS)
+        wait_for_answer(page, question)
+
+
+def wait_for_answer(page: Page, question: str) -> None:
+    """Wait for the end of the answer to the last question."""
+    page.locator(".bubble").last.filter(has_text=question).wait_for()
+    page.locator(".answer[aria-busy=true]").wait_for(state="detached", timeout=ANSWER_TIMEOUT_MS)
 
 
 def talk(page: Page) -> None:
@@ -65,15 +71,20 @@ def conversation(page: Page, shot: Callable[[str], None]) -> None:
         page.keyboard.press("Control+k")
     talk(page)
     shot("chat")
-    page.get_by_label("Message", exact=True).fill("Tell me a long story about a river.")
-    page.keyboard.press("Enter")
+    story = "Tell me a long story about a river."
+    ask(page, story, wait=False)
     # A small model may be done before it can be caught writing.
-    live = page.locator(".body.live")
-    live.or_(page.get_by_role("button", name="Regenerate answer")).first.wait_for(
-        timeout=ANSWER_TIMEOUT_MS
-    )
+    page.locator(".answer").last.locator(".body").wait_for(timeout=ANSWER_TIMEOUT_MS)
     shot("streaming")
-    page.get_by_role("button", name="Regenerate answer").wait_for(timeout=ANSWER_TIMEOUT_MS)
+    wait_for_answer(page, story)
+    page.get_by_role("button", name="Regenerate answer").last.click()
+    page.get_by_role("button", name="Previous version").wait_for(timeout=ANSWER_TIMEOUT_MS)
+    wait_for_answer(page, story)
+    shot("versions")
+    page.get_by_role("searchbox").fill("river")
+    page.locator("nav mark").first.wait_for()
+    shot("search")
+    page.get_by_role("searchbox").fill("")
     page.keyboard.press("Control+k")
     ask(page, "你好！你会说中文吗？")
     shot("chinese")

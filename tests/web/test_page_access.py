@@ -40,11 +40,48 @@ def test_every_state_has_names_and_contrast(
     check(page)
     server.release("Slow")
     wait_for_end(page)
+    last_answer(page).get_by_role("button", name="Regenerate answer").click()
+    expect(page.get_by_role("group", name="Versions of this answer")).to_be_visible()
+    wait_for_end(page)
+    check(page)
+    page.get_by_role("article", name="You").last.hover()
+    page.get_by_role("button", name="Edit question").last.click()
+    check(page)
+    page.keyboard.press("Escape")
+    page.get_by_role("searchbox").fill("slow")
+    expect(page.locator("nav mark").first).to_be_visible()
+    check(page)
+    page.get_by_role("searchbox").fill("")
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Seed").fill("nothing")
     check(page)
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Delete").first.click()
+    check(page)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_state_of_the_connection_has_names_and_contrast(
+    open_page: OpenPage, server: PageServer, scheme: str
+) -> None:
+    page = open_page(color_scheme=scheme, noisy=True)
+    server.hold("Slow")
+    send(page, "Slow")
+    expect(last_answer(page).locator(".prose")).to_be_visible()
+    server.away()
+    retry = page.get_by_role("button", name="Try now")
+    expect(retry).to_be_visible()
+    check(page)
+    retry.focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("status").filter(has_text="Connection lost")).to_be_visible()
+    server.back()
+    expect(page.get_by_role("status").filter(has_text="Reconnected; continuing…")).to_be_visible()
+    check(page)
+    server.away()
+    page.keyboard.press("Escape")
+    page.keyboard.press("Escape")
+    expect(last_answer(page).get_by_role("alert")).to_be_visible()
     check(page)
 
 
@@ -91,12 +128,13 @@ def test_conversations_can_be_reached_and_renamed_by_keyboard(page: Page) -> Non
     ask(page, "New")
     page.get_by_role("button", name="New chat").focus()
     names = []
-    for _ in range(6):
+    for _ in range(7):
         page.keyboard.press("Tab")
         names.append(
             page.evaluate("document.activeElement.ariaLabel ?? document.activeElement.innerText")
         )
-    assert names == ["New", "Rename “New”", "Delete “New”", "Old", "Rename “Old”", "Delete “Old”"]
+    rows = ["New", "Rename “New”", "Delete “New”", "Old", "Rename “Old”", "Delete “Old”"]
+    assert names == ["Search conversations", *rows]
     page.keyboard.press("Shift+Tab")
     page.keyboard.press("Enter")
     page.keyboard.type("Renamed")

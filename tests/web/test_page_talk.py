@@ -7,7 +7,6 @@ from playwright.sync_api import Page, expect
 
 from engine import FinishReason
 from tests.server.scripted import say
-from tests.web.conftest import OpenPage
 from tests.web.page_server import PageServer
 from tests.web.steps import answers, ask, composer, last_answer, send, wait_for_end
 
@@ -153,6 +152,7 @@ def test_rename_and_delete(page: Page) -> None:
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", level=1)).to_have_text("Another title")
     page.reload()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Another title")
     page.get_by_role("button", name="Delete “Another title”").click()
     dialog = page.get_by_role("dialog", name="Delete this conversation?")
     dialog.get_by_role("button", name="Cancel").click()
@@ -161,18 +161,6 @@ def test_rename_and_delete(page: Page) -> None:
     dialog.get_by_role("button", name="Delete").click()
     expect(page.get_by_text("Your conversations will be listed here")).to_be_visible()
     expect(answers(page)).to_have_count(0)
-
-
-def test_regenerate_replaces_the_last_answer(page: Page, server: PageServer) -> None:
-    ask(page, "Earlier")
-    ask(page, "Again please")
-    server.answers["Again please"] = "Another answer"
-    page.get_by_role("button", name="Regenerate answer").click()
-    expect(last_answer(page).locator(".prose")).to_have_text("Another answer")
-    wait_for_end(page)
-    expect(answers(page)).to_have_count(2)
-    page.reload()
-    expect(answers(page).locator(".prose")).to_have_text(["You said: Earlier", "Another answer"])
 
 
 def test_answer_cut_by_the_limit_is_labelled(page: Page) -> None:
@@ -207,12 +195,6 @@ def test_settings_reach_the_engine_and_survive(page: Page, server: PageServer) -
     page.get_by_role("button", name="Reset to defaults").click()
     expect(page.get_by_label("Temperature")).to_have_value("")
     expect(page.get_by_label("System prompt")).to_have_value("")
-
-
-def test_two_visitors_do_not_see_each_other(open_page: OpenPage) -> None:
-    ask(open_page(), "Only mine")
-    other = open_page()
-    expect(other.get_by_text("Only mine")).to_have_count(0)
 
 
 def test_engine_that_dies_in_the_middle_is_reported(page: Page, server: PageServer) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, WebSocketRoute, expect
 
 from engine import EngineState
 from tests.web.conftest import OpenPage
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.browser
 HELD = "Tell me slowly"
 WORDS = "one two three four five six"
 KEY = "key-of-this-test-0123456789"
+OTHER_KEY = "another-key-of-this-test-0123456789"
 
 
 @pytest.fixture
@@ -90,9 +92,35 @@ def test_question_that_cannot_be_sent_can_be_tried_again_or_edited(
     server.back()
     expect(page.get_by_text("Connected")).to_be_attached()
     alert.get_by_role("button", name="Edit the question").click()
-    expect(composer(page)).to_have_value("Into the void")
-    expect(answers(page)).to_have_count(1)
-    assert ask(page, "Into the open") == "You said: Into the open"
+    field = page.get_by_role("textbox", name="Question")
+    expect(field).to_have_value("Into the void")
+    field.fill("Into the open")
+    field.press("Enter")
+    wait_for_end(page)
+    expect(answers(page).locator(".prose")).to_have_text(
+        ["You said: Before", "You said: Into the open"]
+    )
+    page.reload()
+    expect(page.get_by_role("article", name="You")).to_have_text(["Before", "Into the open"])
+
+
+def test_question_that_arrived_though_nobody_said_so(page: Page, server: PageServer) -> None:
+    def deaf(route: WebSocketRoute) -> None:
+        there = route.connect_to_server()
+        route.on_message(there.send)
+        there.on_message(lambda _: route.close())
+
+    page.route_web_socket(re.compile("/v1/responses"), deaf)
+    send(page, "Did you hear?")
+    expect(
+        last_answer(page).get_by_role("alert").or_(last_answer(page).locator(".prose"))
+    ).to_be_visible()
+    server.call(server.engine.settle())
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    expect(answers(page).locator(".prose")).to_have_text(["You said: Did you hear?"])
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(page.get_by_role("article", name="You")).to_have_text(["Did you hear?"])
+    assert len(server.engine.requests) == 1
 
 
 def test_stop_while_the_server_is_away(page: Page, held: PageServer) -> None:
@@ -133,7 +161,7 @@ class TestApiKey:
     @pytest.fixture
     def server(self, tmp_path: Path) -> Iterator[PageServer]:
         keys = tmp_path / "keys"
-        keys.write_text(f"{KEY}\n")
+        keys.write_text(f"{KEY}\n{OTHER_KEY}\n")
         keys.chmod(0o600)
         with PageServer(api_key_file=keys) as server:
             yield server
@@ -147,6 +175,21 @@ class TestApiKey:
         page.reload()
         expect(last_answer(page).locator(".prose")).to_have_text("You said: Open")
         assert KEY not in page.content()
+
+    def test_only_who_has_the_key_sees_the_conversations(self, open_page: OpenPage) -> None:
+        mine, again, theirs = (open_page(noisy=True) for _ in range(3))
+        for page, key in ((mine, KEY), (again, KEY), (theirs, OTHER_KEY)):
+            page.get_by_role("button", name="Settings").click()
+            page.get_by_label("API key").fill(key)
+            page.get_by_role("button", name="Done").click()
+        ask(mine, "Only mine")
+        # Another browser with the same key.
+        again.reload()
+        again.get_by_role("button", name="Only mine", exact=True).click()
+        expect(last_answer(again).locator(".prose")).to_have_text("You said: Only mine")
+        theirs.reload()
+        expect(theirs.get_by_text("Your conversations will be listed here")).to_be_visible()
+        expect(theirs.get_by_text("Only mine")).to_have_count(0)
 
     def test_wrong_key_is_asked_for_again(self, page: Page) -> None:
         page.get_by_role("button", name="Settings").click()
@@ -168,7 +211,6 @@ def test_storage_that_is_broken_or_foreign_does_no_harm(page: Page, server: Page
     )
     page.reload()
     expect(page.get_by_role("alert")).to_contain_text("The server no longer has this")
-    page.get_by_role("button", name="Delete “Gone”").click()
-    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    page.get_by_role("button", name="Dismiss").click()
     expect(page.get_by_role("heading", name="What is on your mind?")).to_be_visible()
     assert ask(page, "Still here") == "You said: Still here"

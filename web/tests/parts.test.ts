@@ -1,10 +1,11 @@
 import { describe, expect, it } from "vitest";
 import { textOf, withDelta, withItem, type CallPart, type Part } from "../src/lib/parts";
 import { readSettings, requestFields } from "../src/lib/settings";
-import { fromItems, lastExchange } from "../src/lib/thread";
+import { messagesOf } from "../src/lib/thread";
 import { failed, gist, pretty, toolLabel } from "../src/lib/tools";
 import { advance, newTurn } from "../src/lib/turn";
 import type { Item, TurnEvent } from "../src/lib/wire";
+import { chain } from "./items";
 
 const user: Item = { id: "u", type: "message", role: "user", content: [{ type: "input_text", text: "17 %?" }] };
 const thought: Item = { id: "r", type: "reasoning", status: "completed", content: [{ type: "reasoning_text", text: "Hm." }] };
@@ -36,9 +37,9 @@ function events(): TurnEvent[] {
 describe("an answer with tools", () => {
   it("is the same from its events as from what is stored", () => {
     const state = events().reduce((turn, event) => advance(turn, event, 0)[0], newTurn(0));
-    const stored = fromItems(items, {})[1];
+    const stored = messagesOf(chain(items), {}, new Map())[1];
     expect(state.parts.map(({ kind }) => kind)).toEqual(["reasoning", "call", "text"]);
-    expect(stored).toMatchObject({ role: "assistant", key: "r", turn: { itemId: state.itemId, text: "Two.", phase: "completed" } });
+    expect(stored).toMatchObject({ role: "assistant", place: { first: "r", last: "m" }, turn: { itemId: state.itemId, text: "Two.", phase: "completed" } });
     expect(stored?.role === "assistant" && stored.turn.parts).toEqual(state.parts);
   });
 
@@ -48,17 +49,12 @@ describe("an answer with tools", () => {
     expect(seen.text).toBe("");
   });
 
-  it("is taken back as a whole", () => {
-    expect(lastExchange([answer, ...items], "17 %?", "r")).toEqual(["m", "o", "c", "r", "u"]);
-    expect(lastExchange([...items, user], "17 %?", "r")).toEqual([]);
-  });
-
   it("is two answers where two messages follow each other", () => {
-    expect(fromItems([user, answer, { ...answer, id: "m2" }], {}).map(({ key }) => key)).toEqual(["u", "m", "m2"]);
+    expect(messagesOf(chain([user, answer, { ...answer, id: "m2" }]), {}, new Map()).map(({ place }) => place.first)).toEqual(["u", "m", "m2"]);
   });
 
   it("is incomplete when one of its items is", () => {
-    const cut = fromItems([user, { ...call, status: "incomplete" }], {})[1];
+    const cut = messagesOf(chain([user, { ...call, status: "incomplete" }]), {}, new Map())[1];
     expect(cut).toMatchObject({ turn: { phase: "incomplete" } });
   });
 });

@@ -1,65 +1,96 @@
 import { describe, expect, it } from "vitest";
 import { BrowserStore } from "../src/lib/storage";
-import { fromItems, lastExchange, titleFrom, withoutStored, withPending, withTurn, type Note } from "../src/lib/thread";
+import { messagesOf, messagesWith, titleFrom, withTurn, type Message, type Note } from "../src/lib/thread";
+import { Tree, type TreeItem } from "../src/lib/tree";
 import { newTurn } from "../src/lib/turn";
-import type { Item } from "../src/lib/wire";
+import { answer, chain, question } from "./items";
 
-const user = (id: string, text: string): Item => ({ id, type: "message", role: "user", content: [{ type: "input_text", text }] });
-const answer = (id: string, text: string, status = "completed"): Item => ({
-  id, type: "message", role: "assistant", status, content: [{ type: "output_text", text }],
-});
 const note: Note = { ttft_s: 0.1, tokensPerSecond: 20, outputTokens: 9, phase: "cancelled", reason: null };
+const NONE = new Map();
 
-describe("fromItems", () => {
+/** Texts of a branch, with the versions of each message. */
+function shown(messages: readonly Message[]): string[] {
+  return messages.map(({ place, ...message }) => `${message.role === "user" ? message.text : message.turn.text} ${place.at + 1}/${place.count}`);
+}
+
+/** Two questions at the root; the second has two answers, and the first of these goes on. */
+const ITEMS: TreeItem[] = [
+  question("u1", null, "Hi"),
+  answer("a1", "u1", "Hello"),
+  question("u2", null, "Hey"),
+  answer("a2", "u2", "Hey you"),
+  question("u3", "a2", "More"),
+  answer("a3", "u2", "Hey there"),
+];
+
+describe("Tree", () => {
+  it("shows the path to its head, and every item on some path", () => {
+    const ids = (head: string | null) => new Tree(ITEMS, head).path().map(({ id }) => id);
+    expect(ids("u3")).toEqual(["u2", "a2", "u3"]);
+    expect(ids("a1")).toEqual(["u1", "a1"]);
+    expect([ids(null), ids("unknown")]).toEqual([[], []]);
+    expect(new Tree(ITEMS, "a1").withHead("a3").path("nowhere").map(({ id }) => id)).toEqual(["u2", "a3"]);
+  });
+
+  it("ends its walks even in a tree that cannot be", () => {
+    const loop = [question("x", "y", ""), answer("y", "x", "")];
+    expect(new Tree(loop, "x").path().length).toBeLessThan(4);
+    expect(new Tree([question("x", "gone", "")], "x").path().map(({ id }) => id)).toEqual(["x"]);
+  });
+});
+
+describe("messagesOf", () => {
+  it("tells of each message which of its versions it is", () => {
+    expect(shown(messagesOf(new Tree(ITEMS, "u3"), {}, NONE))).toEqual(["Hey 2/2", "Hey you 1/2", "More 1/1"]);
+    expect(shown(messagesOf(new Tree(ITEMS, "a3"), {}, NONE))).toEqual(["Hey 2/2", "Hey there 2/2"]);
+    const [first] = messagesOf(new Tree(ITEMS, "a1"), {}, NONE);
+    expect(first?.place).toEqual({ first: "u1", last: "u1", parent: null, siblings: ["u1", "u2"], at: 0, count: 2 });
+  });
+
   it("shows stored messages with the figures this browser kept", () => {
-    const messages = fromItems([user("u1", "Hi"), answer("a1", "Hello", "incomplete"), { id: "r", type: "reasoning" }], { a1: note });
-    expect(messages.map(({ role, key }) => [role, key])).toEqual([["user", "u1"], ["assistant", "a1"]]);
-    expect(messages[1]).toMatchObject({ stats: { tokensPerSecond: 20 }, turn: { phase: "cancelled", text: "Hello" } });
+    const messages = messagesOf(chain([question("u1", null, "Hi"), answer("a1", null, "Hello", "incomplete")]), { a1: note }, NONE);
+    expect(messages[1]).toMatchObject({ stats: { tokensPerSecond: 20 }, turn: { phase: "cancelled", text: "Hello" }, again: true });
+  });
+
+  it("prefers what this page saw of an answer", () => {
+    const seen = { ...newTurn(null, "resp_1"), phase: "completed" as const, text: "Hello", resumed: 2 };
+    expect(messagesOf(new Tree(ITEMS, "a1"), {}, new Map([["a1", seen]]))[1]).toMatchObject({ turn: { resumed: 2 } });
   });
 
   it("never takes a stored incomplete answer for a whole one", () => {
     const phases = (status: string, phase: Note["phase"] | null) =>
-      fromItems([answer("a", "x", status)], phase === null ? {} : { a: { ...note, phase } }).map((m) => m.role === "assistant" && m.turn.phase);
+      messagesOf(chain([answer("a", null, "x", status)]), phase === null ? {} : { a: { ...note, phase } }, NONE).map((m) => m.role === "assistant" && m.turn.phase);
     expect(phases("incomplete", null)).toEqual(["incomplete"]);
     expect(phases("incomplete", "completed")).toEqual(["incomplete"]);
     expect(phases("completed", "broken")).toEqual(["completed"]);
   });
-});
 
-describe("a turn that outlived the page", () => {
-  const turn = newTurn(null, "resp_1");
-
-  it("is appended to its question, stored or not", () => {
-    const stored = fromItems([user("u1", "Hi")], {});
-    expect(withPending(stored, "Hi", "t", turn).map(({ key }) => key)).toEqual(["u1", "t"]);
-    expect(withPending([], "Hi", "t", turn).map(({ role }) => role)).toEqual(["user", "assistant"]);
-  });
-
-  it("takes the place of its own stored copy", () => {
-    const stored = fromItems([user("u0", "A"), answer("a0", "B"), user("u1", "Hi"), answer("msg_1", "Hello")], {});
-    const both = withPending(stored, "Hi", "t", turn);
-    expect(withoutStored(both, "msg_1").map(({ key }) => key)).toEqual(["u0", "a0", "t-question", "t"]);
-    expect(withoutStored(both, "other")).toHaveLength(both.length);
-  });
-
-  it("is updated in its place", () => {
-    const messages = withTurn(withPending([], "Hi", "t", turn), "t", { ...turn, text: "Hel" });
-    expect(messages[1]).toMatchObject({ turn: { text: "Hel" } });
+  it("lets only what answers a question be made anew", () => {
+    const [, first, second] = messagesOf(chain([question("u", null, "Hi"), answer("a", null, "x"), answer("b", null, "y")]), {}, NONE);
+    expect([first, second]).toMatchObject([{ again: true }, { again: false }]);
   });
 });
 
-describe("lastExchange", () => {
-  const earlier = [user("u0", "A"), answer("a0", "B")];
-  it("is the answer and its question", () => {
-    expect(lastExchange([...earlier, user("u1", "Hi"), answer("a1", "Hello")], "Hi", "a1")).toEqual(["a1", "u1"]);
+describe("messagesWith", () => {
+  const tree = new Tree(ITEMS, "u3");
+  const state = newTurn(null, "resp_1");
+
+  it("puts a new question and its answer where they go, as another version", () => {
+    expect(shown(messagesWith(tree, {}, NONE, { question: "Yo", after: null, state }))).toEqual(["Yo 3/3", " 1/1"]);
+    expect(shown(messagesWith(tree, {}, NONE, { question: "On", after: "a2", state }))).toEqual(["Hey 2/2", "Hey you 1/2", "On 2/2", " 1/1"]);
   });
-  it("is the question alone when it was stopped before the first word", () => {
-    expect(lastExchange([...earlier, user("u1", "Hi")], "Hi", null)).toEqual(["u1"]);
+
+  it("puts a new answer beside those that the question has", () => {
+    expect(shown(messagesWith(tree, {}, NONE, { question: null, after: "u2", state }))).toEqual(["Hey 2/2", " 3/3"]);
   });
-  it("is nothing when the server stored nothing", () => {
-    expect(lastExchange(earlier, "Hi", null)).toEqual([]);
-    expect(lastExchange(earlier, "Hi", "a1")).toEqual([]);
-    expect(lastExchange([], "Hi", null)).toEqual([]);
+
+  it("goes on from the head where the item it goes after was deleted", () => {
+    expect(shown(messagesWith(tree, {}, NONE, { question: "?", after: "gone", state }))).toHaveLength(5);
+  });
+
+  it("is updated at its end", () => {
+    const messages = withTurn(messagesWith(tree, {}, NONE, { question: null, after: "u2", state }), { ...state, text: "Hel" });
+    expect(shown(messages)).toEqual(["Hey 2/2", "Hel 3/3"]);
   });
 });
 
@@ -67,34 +98,46 @@ describe("titleFrom", () => {
   it.each([
     ["  Hi  there\n", "Hi there"],
     ["", "New chat"],
-    ["What should I wear if it rains all day tomorrow in town?", "What should I wear if it rains all day tomorrow…"],
+    ["What should I wear if it rains all day tomorrow in the old town?", "What should I wear if it rains all day tomorrow in the old…"],
   ])("%j", (question, title) => expect(titleFrom(question)).toBe(title));
-  it("cuts long words too", () => expect(titleFrom("x".repeat(80))).toBe("x".repeat(48) + "…"));
+  it("cuts long words too", () => expect(titleFrom("x".repeat(80))).toBe("x".repeat(60) + "…"));
 });
 
 describe("BrowserStore", () => {
-  it("keeps conversations, pending turns and figures, and forgets them together", () => {
+  it("keeps turns that run and figures, and forgets them together", () => {
     localStorage.clear();
     const store = new BrowserStore(localStorage);
-    store.saveConversations([{ id: "c", title: "t", createdAt: 1, updatedAt: 2 }]);
-    store.savePending("c", { question: "q", responseId: null });
+    store.savePending("c", { question: null, after: "u", responseId: null, seen: null });
     store.saveNote("c", "a", note);
     const again = new BrowserStore(localStorage);
-    expect(again.conversations()).toHaveLength(1);
-    expect(again.pending("c")).toEqual({ question: "q", responseId: null });
+    expect(again.pending("c")).toEqual({ question: null, after: "u", responseId: null, seen: null });
     expect(again.notes("c")).toEqual({ a: note });
     again.forget("c");
-    expect([again.conversations(), again.pending("c"), again.notes("c")]).toEqual([[], null, {}]);
+    expect([again.pending("c"), again.notes("c")]).toEqual([null, {}]);
     expect(localStorage.getItem("millrace.pending")).toBeNull();
+  });
+
+  it("keeps only the last few turns, the one that was saved last among them", () => {
+    localStorage.clear();
+    const store = new BrowserStore(localStorage);
+    const pending = { question: "q", after: null, responseId: null, seen: null };
+    for (const id of ["first", ..."abcdefgh", "first", "last"]) store.savePending(id, pending);
+    expect(["first", "a", "b", "c", "h", "last"].map((id) => store.pending(id) !== null)).toEqual([true, false, false, true, true, true]);
+  });
+
+  it("finds the list that earlier pages kept, oldest first", () => {
+    const list = [{ id: "b", title: "B", createdAt: 1, updatedAt: 9 }, { id: "a", title: "A", createdAt: 1, updatedAt: 2 }];
+    localStorage.setItem("millrace.conversations", JSON.stringify(list));
+    expect(new BrowserStore(localStorage).oldConversations().map(({ id }) => id)).toEqual(["a", "b"]);
   });
 
   it("stands rubbish and storage that is forbidden", () => {
     localStorage.setItem("millrace.conversations", '[{"id":3},7,null]');
     localStorage.setItem("millrace.pending", "{");
-    expect(new BrowserStore(localStorage).conversations()).toEqual([]);
+    expect(new BrowserStore(localStorage).oldConversations()).toEqual([]);
     expect(new BrowserStore(localStorage).pending("c")).toBeNull();
     const none = new BrowserStore(null);
     none.saveNote("c", "a", note);
-    expect(none.conversations()).toEqual([]);
+    expect(none.oldConversations()).toEqual([]);
   });
 });

@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
-import { advance, breakOff, fail, isEnded, newTurn, resume, stop, type TurnState } from "../src/lib/turn";
-import { LOST, UNCONFIRMED } from "../src/lib/problem";
+import { advance, breakOff, fail, isEnded, newTurn, reconnected, resume, settle, stop, type TurnState } from "../src/lib/turn";
+import { GONE, UNCONFIRMED } from "../src/lib/problem";
 import { answerEvents, delta } from "./events";
 import type { TurnEvent } from "../src/lib/wire";
 
@@ -23,16 +23,23 @@ describe("advance", () => {
     const half = play(events.slice(0, 5));
     expect(half.text).toBe("a");
     for (const again of events.slice(0, 5)) expect(advance(half, again, 0)).toEqual([half, "duplicate"]);
-    const later = events[6];
+    const later = events[7];
     if (later === undefined) throw new Error("too few events");
     expect(advance(half, later, 0)).toEqual([half, "gap"]);
     expect(play(events, half).text).toBe("abc");
   });
 
+  it("takes deltas that the server merged for a reader that lags", () => {
+    const events = answerEvents(["a", "b", "c"]);
+    const [state, verdict] = advance(play(events.slice(0, 5)), delta("bc", 6), 0);
+    expect([state.text, state.lastSequence, verdict]).toEqual(["abc", 6, "applied"]);
+    expect(play(events, state)).toMatchObject({ text: "abc", phase: "completed" });
+  });
+
   it("gives the same text wherever the stream is cut and resumed", () => {
     const events = answerEvents(["one ", "two ", "three"]);
     for (let cut = 1; cut < events.length; cut++) {
-      const resumed = resume(play(events.slice(0, cut)));
+      const resumed = reconnected(resume(play(events.slice(0, cut))));
       const after = resumed.lastSequence;
       const state = play(events.filter((event) => after === null || (event.sequence_number ?? 0) > after), resumed);
       expect(state.text).toBe("one two three");
@@ -67,9 +74,29 @@ describe("advance", () => {
     expect([nested.phase, nested.problem?.kind]).toEqual(["failed", "busy"]);
   });
 
-  it("breaks off when the server says that history is lost", () => {
-    const state = advance(play(answerEvents(["a"]).slice(0, 5)), { type: "discontinuity", sequence_number: 9 }, 0)[0];
-    expect(state.phase).toBe("broken");
+  it("does not end on an error of the stream: the turn goes on", () => {
+    const half = play(answerEvents(["a"]).slice(0, 5));
+    expect(advance(half, { type: "error", message: "the store does not answer", sequence_number: 0 }, 0)).toEqual([half, "break"]);
+  });
+
+  it("shows lost history as a hole, which the whole answer at the end fills", () => {
+    const events = answerEvents(["one ", "two ", "three"]);
+    const gap = { type: "response.millrace.discontinuity", sequence_number: 5, first_lost: 5, last_lost: 5 };
+    const holed = play([...events.slice(0, 5), gap, ...events.slice(6, 7)]);
+    expect([holed.text, holed.hole, holed.phase]).toEqual(["one three", true, "streaming"]);
+    const failed = play([{ type: "response.failed", sequence_number: 7, response: { id: "resp_1", error: { code: "history_lost" } } }], holed);
+    expect([failed.text, failed.hole, failed.phase]).toEqual(["one three", true, "failed"]);
+    const output = [{ id: "msg_1", type: "message", role: "assistant", content: [{ type: "output_text", text: "one two three" }] }];
+    const healed = play([{ type: "response.completed", sequence_number: 7, response: { id: "resp_1", output } }], holed);
+    expect([healed.text, healed.hole, healed.phase]).toEqual(["one two three", false, "completed"]);
+  });
+
+  it("ends by a stored response only if that has ended", () => {
+    const half = play(answerEvents(["half"]).slice(0, 5));
+    expect(settle(half, { id: "resp_1", status: "in_progress" })).toBeNull();
+    expect(settle(half, { id: "resp_1", status: "failed", error: { code: "takeover_failed", message: "gone" } })).toMatchObject({
+      phase: "failed", text: "half", problem: { detail: "gone" },
+    });
   });
 
   it("ignores events it does not know, and still counts them", () => {
@@ -81,7 +108,7 @@ describe("advance", () => {
 describe("phases", () => {
   it("cannot leave an end", () => {
     const done = play(answerEvents(["x"]));
-    for (const change of [(s: TurnState) => fail(s, UNCONFIRMED), (s: TurnState) => breakOff(s, LOST), resume, stop]) {
+    for (const change of [(s: TurnState) => fail(s, UNCONFIRMED), (s: TurnState) => breakOff(s, GONE), resume, stop]) {
       expect(change(done)).toBe(done);
     }
     expect(isEnded(done.phase)).toBe(true);

@@ -3,14 +3,19 @@
  *
  * Where no socket opens, as behind some proxies, turns go over HTTP with server-sent events instead.
  */
+import { conversationOf, type Conversation, type ConversationObject, type ConversationPage } from "./conversations";
 import { explainBody, UNREACHABLE } from "./problem";
-import { Refused, type Transport } from "./run";
+import { Refused, Silent, type Transport } from "./run";
 import { NeverOpened, SocketTurns } from "./sockets";
 import { SseParser } from "./sse";
-import { parseEvent, type Item, type ItemList, type ResponseObject, type TurnEvent } from "./wire";
+import { Tree, type TreeItem } from "./tree";
+import { parseEvent, type ItemList, type ResponseObject, type TurnEvent } from "./wire";
 
-/** The server sends a comment every 15 s; silence beyond this means that the connection is dead. */
-const SILENCE_MS = 45_000;
+/** The server sends a comment every 15 s; silence beyond this means that the connection may be dead. */
+const SILENCE_MS = 20_000;
+/** Longest wait for the head of a stream: a turn that begins, one that is picked up again. */
+const CREATE_HEAD_MS = 30_000;
+const RESUME_HEAD_MS = 5000;
 const PAGE_SIZE = 100;
 
 export class Client implements Transport {
@@ -37,35 +42,64 @@ export class Client implements Transport {
     return data.map(({ id }) => id);
   }
 
-  async createConversation(): Promise<string> {
-    const { id } = (await this.#json("POST", "v1/conversations", {})) as { id: string };
-    return id;
+  /** Lists conversations, newest first, or those that have all words of `query`. */
+  async conversations(query: string, after: string | null = null): Promise<ConversationPage> {
+    const params = new URLSearchParams({ limit: String(PAGE_SIZE) });
+    if (query !== "") params.set("query", query);
+    if (after !== null) params.set("after", after);
+    const page = (await this.#json("GET", `v1/conversations?${params.toString()}`)) as {
+      data: ConversationObject[];
+      has_more: boolean;
+      searched?: number;
+    };
+    return { entries: page.data.map(conversationOf), hasMore: page.has_more, searched: page.searched ?? null };
+  }
+
+  async createConversation(title: string): Promise<Conversation> {
+    return conversationOf((await this.#json("POST", "v1/conversations", { title })) as ConversationObject);
+  }
+
+  async conversation(id: string): Promise<Conversation> {
+    return conversationOf((await this.#json("GET", conversationPath(id))) as ConversationObject);
+  }
+
+  /** Changes the title, or which branch is shown: that to `head`, with `descend` to the newest leaf after it. */
+  async updateConversation(id: string, change: { title: string } | { head: string; descend: boolean }): Promise<Conversation> {
+    return conversationOf((await this.#json("POST", conversationPath(id), change)) as ConversationObject);
+  }
+
+  /** Copies the path to the item `after` into a new conversation. */
+  async fork(id: string, after: string, title: string): Promise<Conversation> {
+    return conversationOf((await this.#json("POST", `${conversationPath(id)}/fork`, { after, title })) as ConversationObject);
   }
 
   async deleteConversation(id: string): Promise<void> {
     try {
-      await this.#json("DELETE", `v1/conversations/${encodeURIComponent(id)}`);
+      await this.#json("DELETE", conversationPath(id));
     } catch (error) {
       if (!(error instanceof Refused && error.problem.kind === "gone")) throw error;
     }
   }
 
-  /** Returns all items of a conversation, oldest first. */
-  async items(conversationId: string): Promise<Item[]> {
-    const items: Item[] = [];
-    const path = `v1/conversations/${encodeURIComponent(conversationId)}/items?order=asc&limit=${PAGE_SIZE}`;
+  /** Returns a conversation's items on all branches. */
+  async tree(id: string): Promise<Tree> {
+    const items: TreeItem[] = [];
+    const path = `${conversationPath(id)}/items?tree=true&order=asc&limit=${PAGE_SIZE}`;
+    // The head first: it is among the items that are read after it.
+    const { head } = await this.conversation(id);
     let after = "";
     for (;;) {
       const page = (await this.#json("GET", path + after)) as ItemList;
-      items.push(...page.data);
+      items.push(...(page.data as TreeItem[]));
       const last = page.last_id ?? page.data.at(-1)?.id;
-      if (page.has_more !== true || last == null) return items;
+      if (page.has_more !== true || last == null) return new Tree(items, head);
       after = `&after=${encodeURIComponent(last)}`;
     }
   }
 
-  async deleteItem(conversationId: string, itemId: string): Promise<void> {
-    await this.#json("DELETE", `v1/conversations/${encodeURIComponent(conversationId)}/items/${encodeURIComponent(itemId)}`);
+  /** Deletes an item and all that comes after it. */
+  async deleteFrom(conversationId: string, itemId: string): Promise<void> {
+    await this.#json("DELETE", `${conversationPath(conversationId)}/items/${encodeURIComponent(itemId)}?subtree=true`);
   }
 
   async response(id: string): Promise<ResponseObject> {
@@ -90,9 +124,14 @@ export class Client implements Transport {
     this.#socketsWork = false;
   }
 
-  resume(responseId: string, after: number | null, signal: AbortSignal): AsyncGenerator<TurnEvent> {
+  resume(responseId: string, after: number | null, signal: AbortSignal, opened: () => void): AsyncGenerator<TurnEvent> {
     const from = after === null ? "" : `&starting_after=${after}`;
-    return this.#sse("GET", `v1/responses/${encodeURIComponent(responseId)}?stream=true${from}`, undefined, signal);
+    return this.#sse("GET", `v1/responses/${encodeURIComponent(responseId)}?stream=true${from}`, undefined, signal, opened);
+  }
+
+  /** Trusts no connection that was opened before now. */
+  wake(): void {
+    this.#sockets.dropIdle();
   }
 
   /** Says how the server is, without throwing. */
@@ -105,29 +144,29 @@ export class Client implements Transport {
     }
   }
 
-  async *#sse(method: string, path: string, body: unknown, outer: AbortSignal): AsyncGenerator<TurnEvent> {
-    const silence = new AbortController();
-    const signal = AbortSignal.any([outer, silence.signal]);
-    let timer = setTimeout(() => silence.abort(), SILENCE_MS);
+  async *#sse(method: string, path: string, body: unknown, outer: AbortSignal, opened: () => void = () => {}): AsyncGenerator<TurnEvent> {
+    const watch = new Watch(method === "POST" ? CREATE_HEAD_MS : RESUME_HEAD_MS);
     try {
-      const response = await this.#fetch(method, path, body, signal);
+      const response = await this.#fetch(method, path, body, AbortSignal.any([outer, watch.signal]));
       if (response.body === null) return;
+      opened();
       const parser = new SseParser();
       const decoder = new TextDecoder();
       const reader = response.body.getReader();
       for (;;) {
+        watch.wait(SILENCE_MS);
         const { value, done } = await reader.read();
         if (done) return;
-        clearTimeout(timer);
-        timer = setTimeout(() => silence.abort(), SILENCE_MS);
         for (const data of parser.push(decoder.decode(value, { stream: true }))) {
           const event = parseEvent(data);
           if (event !== null) yield event;
         }
       }
+    } catch (error) {
+      if (watch.signal.aborted && !(error instanceof Refused)) throw new Silent("the stream is silent");
+      throw error;
     } finally {
-      clearTimeout(timer);
-      silence.abort();
+      watch.end();
     }
   }
 
@@ -149,5 +188,33 @@ export class Client implements Transport {
     }
     if (!response.ok) throw new Refused(explainBody(response.status, await response.text()));
     return response;
+  }
+}
+
+function conversationPath(id: string): string {
+  return `v1/conversations/${encodeURIComponent(id)}`;
+}
+
+/** Aborts its signal when a wait takes too long. */
+class Watch {
+  readonly #controller = new AbortController();
+  #timer: ReturnType<typeof setTimeout> | undefined;
+
+  constructor(ms: number) {
+    this.wait(ms);
+  }
+
+  get signal(): AbortSignal {
+    return this.#controller.signal;
+  }
+
+  wait(ms: number): void {
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => this.#controller.abort(), ms);
+  }
+
+  end(): void {
+    clearTimeout(this.#timer);
+    this.#controller.abort();
   }
 }

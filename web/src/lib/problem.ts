@@ -44,11 +44,11 @@ export const UNCONFIRMED: Problem = {
   retryable: true,
 };
 
-export const LOST: Problem = {
-  kind: "lost",
-  title: "The connection broke and the answer could not be picked up again",
-  detail: "What is shown is only its beginning.",
-  retryable: true,
+export const GONE: Problem = {
+  kind: "gone",
+  title: "The server no longer has this answer",
+  detail: "It was lost while this page was cut off. What is shown is what had arrived.",
+  retryable: false,
 };
 
 /** Turns an error of the API (HTTP body, `error` event, `response.failed`) into a Problem. */

@@ -2,14 +2,16 @@
  * Turns over the WebSocket `/v1/responses`: one turn at a time on a socket, a warm one kept.
  */
 import { explain } from "./problem";
-import { Refused } from "./run";
+import { Refused, Silent } from "./run";
 import { parseEvent, type TurnEvent } from "./wire";
 
 /** The socket never opened: nothing was sent, so another way may be tried. */
 export class NeverOpened extends Error {}
 
+/** Longest wait for the first event, which confirms the turn. */
+const CONFIRM_MS = 30_000;
 /** Without a word for this long, the connection may be half dead; the turn is picked up elsewhere. */
-const SILENCE_MS = 30_000;
+const SILENCE_MS = 10_000;
 const OPEN_TIMEOUT_MS = 10_000;
 const PROTOCOL = "millrace";
 const KEY_PROTOCOL = "millrace-key.";
@@ -30,11 +32,11 @@ class Inbox {
     this.#wake?.();
   }
 
-  /** Returns the next event, or null when the socket is closed, aborted or silent. */
-  async next(): Promise<TurnEvent | null> {
+  /** Returns the next event, or null when the socket is closed or left. Throws Silent after `patience_ms`. */
+  async next(patience_ms: number): Promise<TurnEvent | null> {
     if (this.#events.length === 0 && !this.closed) {
       await new Promise<void>((resolve) => {
-        const timer = setTimeout(resolve, SILENCE_MS);
+        const timer = setTimeout(resolve, patience_ms);
         this.#wake = () => {
           clearTimeout(timer);
           resolve();
@@ -42,7 +44,9 @@ class Inbox {
       });
       this.#wake = null;
     }
-    return this.#events.shift() ?? null;
+    const event = this.#events.shift();
+    if (event === undefined && !this.closed) throw new Silent("the WebSocket is silent");
+    return event ?? null;
   }
 }
 
@@ -62,6 +66,11 @@ export class SocketTurns {
   set apiKey(key: string | null) {
     if (key === this.#apiKey) return;
     this.#apiKey = key;
+    this.dropIdle();
+  }
+
+  /** Closes the socket that is kept for the next turn: after a sleep or in another network it may be dead. */
+  dropIdle(): void {
     this.#idle?.close();
     this.#idle = null;
   }
@@ -77,11 +86,13 @@ export class SocketTurns {
     socket.onclose = close;
     signal.addEventListener("abort", close);
     let reusable = false;
+    let patience_ms = CONFIRM_MS;
     try {
       socket.send(JSON.stringify({ type: "response.create", ...body }));
       for (;;) {
-        const event = await inbox.next();
+        const event = await inbox.next(patience_ms);
         if (event === null) return;
+        patience_ms = SILENCE_MS;
         reusable = TERMINAL.has(event.type) || event.type === "error";
         if (event.type === "error" && event.sequence_number === undefined) throw new Refused(refusal(event));
         yield event;

@@ -1,25 +1,20 @@
 /**
- * What this browser keeps: which conversations are its own, settings, and figures of past answers.
- * Conversations' ids are unguessable, so a browser only ever sees those it began itself.
+ * What this browser keeps: settings, which conversation is open, turns that run, and figures of past
+ * answers. The conversations themselves are the server's.
  */
+import { readPending, type Pending } from "./pending";
 import type { Notes } from "./thread";
 
-export interface Conversation {
+/** A conversation as earlier pages kept it here. */
+export interface OldConversation {
   id: string;
   title: string;
-  /** Milliseconds since the epoch. */
-  createdAt: number;
   updatedAt: number;
-}
-
-/** A turn that was running when last seen; `responseId` is null until the server confirmed it. */
-export interface Pending {
-  question: string;
-  responseId: string | null;
 }
 
 const PREFIX = "millrace.";
 const MAX_NOTES = 200;
+const MAX_PENDING = 8;
 
 export class BrowserStore {
   #storage: Storage | null;
@@ -46,13 +41,10 @@ export class BrowserStore {
     }
   }
 
-  conversations(): Conversation[] {
+  /** The list that earlier pages kept here, oldest first. */
+  oldConversations(): OldConversation[] {
     const stored = this.read("conversations");
-    return Array.isArray(stored) ? stored.filter(isConversation) : [];
-  }
-
-  saveConversations(list: readonly Conversation[]): void {
-    this.write("conversations", list);
+    return Array.isArray(stored) ? stored.filter(isOldConversation).sort((a, b) => a.updatedAt - b.updatedAt) : [];
   }
 
   notes(conversationId: string): Notes {
@@ -65,21 +57,20 @@ export class BrowserStore {
   }
 
   pending(conversationId: string): Pending | null {
-    const stored = this.#record("pending")[conversationId] as Partial<Pending> | undefined;
-    if (typeof stored?.question !== "string") return null;
-    return { question: stored.question, responseId: typeof stored.responseId === "string" ? stored.responseId : null };
+    return readPending(this.#record("pending")[conversationId]);
   }
 
   savePending(conversationId: string, pending: Pending | null): void {
     const { [conversationId]: _, ...others } = this.#record("pending");
     const all = pending === null ? others : { ...others, [conversationId]: pending };
-    this.write("pending", Object.keys(all).length === 0 ? null : all);
+    // Of answers that were lost, somebody may have walked away.
+    const kept = Object.entries(all).slice(-MAX_PENDING);
+    this.write("pending", kept.length === 0 ? null : Object.fromEntries(kept));
   }
 
   forget(conversationId: string): void {
     this.write(`notes.${conversationId}`, null);
     this.savePending(conversationId, null);
-    this.saveConversations(this.conversations().filter(({ id }) => id !== conversationId));
   }
 
   #record(name: string): Record<string, unknown> {
@@ -88,12 +79,7 @@ export class BrowserStore {
   }
 }
 
-function isConversation(value: unknown): value is Conversation {
-  const entry = value as Partial<Conversation> | null;
-  return (
-    typeof entry?.id === "string" &&
-    typeof entry.title === "string" &&
-    typeof entry.createdAt === "number" &&
-    typeof entry.updatedAt === "number"
-  );
+function isOldConversation(value: unknown): value is OldConversation {
+  const entry = value as Partial<OldConversation> | null;
+  return typeof entry?.id === "string" && typeof entry.title === "string" && typeof entry.updatedAt === "number";
 }

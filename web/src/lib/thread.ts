@@ -1,25 +1,49 @@
 /**
- * A conversation as the page shows it: stored items, and the turn that is running.
+ * A conversation as the page shows it: the path of stored items to the head, and the turn that runs.
  */
 import { measure, type Stats } from "./stats";
 import { textOf, withItem, type Part } from "./parts";
+import type { Tree, TreeItem } from "./tree";
 import { newTurn, type Phase, type TurnState } from "./turn";
-import { itemText, type Item } from "./wire";
+import { itemText } from "./wire";
+
+/** Where a message is in the conversation's tree. */
+export interface Place {
+  /** Its first and its last item; null while the server has not stored it. */
+  readonly first: string | null;
+  readonly last: string | null;
+  readonly parent: string | null;
+  /** All that comes after the parent, oldest first; the message itself is number `at`, from 0. */
+  readonly siblings: readonly string[];
+  readonly at: number;
+  readonly count: number;
+}
 
 export interface UserMessage {
   role: "user";
-  key: string;
   text: string;
+  place: Place;
 }
 
 export interface AnswerMessage {
   role: "assistant";
-  key: string;
   turn: TurnState;
   stats: Stats;
+  place: Place;
+  /** Whether it can be made anew: it answers a message of the person. */
+  again: boolean;
 }
 
 export type Message = UserMessage | AnswerMessage;
+
+/** A turn of this page that is not (yet) in the tree. */
+export interface Live {
+  /** Null where it answers a question that is stored already. */
+  readonly question: string | null;
+  /** The item that it goes after. */
+  readonly after: string | null;
+  readonly state: TurnState;
+}
 
 /** What this browser remembers about an answer beyond what the server stores. */
 export interface Note extends Stats {
@@ -31,93 +55,76 @@ export type Notes = Record<string, Note>;
 
 const NO_STATS: Stats = { ttft_s: null, tokensPerSecond: null, outputTokens: null };
 
-/** Turns the items of a stored conversation, oldest first, into messages. */
-export function fromItems(items: readonly Item[], notes: Notes): Message[] {
+/**
+ * Returns the messages of the branch that ends at `tip`, by default the head. `turns` are answers that
+ * this page saw being made: it knows more of them than is stored.
+ */
+export function messagesOf(tree: Tree, notes: Notes, turns: ReadonlyMap<string, TurnState>, tip: string | null = tree.head): Message[] {
   const messages: Message[] = [];
-  let answer: Item[] = [];
+  let answer: TreeItem[] = [];
   const close = (): void => {
-    const key = answer[0]?.id;
-    if (key !== undefined) messages.push(storedAnswer(key, answer, notes[key]));
+    const [first] = answer;
+    if (first !== undefined) messages.push(storedAnswer(tree, answer, notes[first.id], turns.get(first.id)));
     answer = [];
   };
-  for (const [index, item] of items.entries()) {
+  for (const item of tree.path(tip)) {
     const given = item.type === "message" && item.role !== "assistant";
     // Two messages of the model in a row are two answers; with a call between them they are one.
     if (given || (item.type === "message" && answer.at(-1)?.type === "message")) close();
-    const id = item.id ?? `stored-${index}`;
-    if (!given) answer.push({ ...item, id });
-    else if (item.role === "user") messages.push({ role: "user", key: id, text: itemText(item) });
+    if (!given) answer.push(item);
+    else if (item.role === "user") messages.push({ role: "user", text: itemText(item), place: placeOf(tree, item.id, item.id, item.parent_id) });
   }
   close();
   return messages;
 }
 
-function storedAnswer(key: string, items: readonly Item[], note: Note | undefined): AnswerMessage {
+/** Returns the messages with a turn that runs after the item it goes after. */
+export function messagesWith(tree: Tree, notes: Notes, turns: ReadonlyMap<string, TurnState>, live: Live): Message[] {
+  const base = tree.has(live.after) ? live.after : tree.head;
+  const messages = base === null ? [] : messagesOf(tree, notes, turns, base);
+  if (live.question !== null) messages.push({ role: "user", text: live.question, place: placeOf(tree, null, null, base) });
+  const place = live.question === null ? placeOf(tree, null, null, base) : NOWHERE;
+  return [...messages, { role: "assistant", turn: live.state, stats: measure(live.state), place, again: true }];
+}
+
+const NOWHERE: Place = { first: null, last: null, parent: null, siblings: [], at: 0, count: 1 };
+
+function placeOf(tree: Tree, first: string | null, last: string | null, parent: string | null): Place {
+  const siblings = tree.children(parent);
+  const at = first === null ? siblings.length : siblings.indexOf(first);
+  return { first, last, parent, siblings, at, count: Math.max(siblings.length, at + 1) };
+}
+
+function storedAnswer(tree: Tree, items: readonly TreeItem[], note: Note | undefined, seen: TurnState | undefined): AnswerMessage {
+  const first = items[0] as TreeItem;
+  const place = placeOf(tree, first.id, (items.at(-1) ?? first).id, first.parent_id);
+  const again = first.parent_id !== null && tree.item(first.parent_id)?.role === "user";
   const complete = items.every(({ status }) => status === undefined || status === "completed");
   const parts = items.reduce<readonly Part[]>((before, item) => withItem(before, item, true), []);
   // What the server stored decides whether it is whole; the note only says how it ended early.
-  const phase = complete ? "completed" : note !== undefined && note.phase !== "completed" ? note.phase : "incomplete";
-  return {
-    role: "assistant",
-    key,
-    turn: { ...newTurn(null), phase, itemId: key, parts, text: textOf(parts), incompleteReason: note?.reason ?? null },
-    stats: note ?? NO_STATS,
-  };
-}
-
-export function answerOf(key: string, turn: TurnState): AnswerMessage {
-  return { role: "assistant", key, turn, stats: measure(turn) };
+  const phase: Phase = complete ? "completed" : note !== undefined && note.phase !== "completed" ? note.phase : "incomplete";
+  const stored = { ...newTurn(null), phase, itemId: first.id, parts, text: textOf(parts), incompleteReason: note?.reason ?? null };
+  return { role: "assistant", turn: seen ?? stored, stats: note ?? NO_STATS, place, again };
 }
 
 export function noteOf(turn: TurnState): Note {
   return { ...measure(turn), phase: turn.phase, reason: turn.incompleteReason };
 }
 
-/** Shows `turn` as the answer with this key. */
-export function withTurn(messages: readonly Message[], key: string, turn: TurnState): Message[] {
-  return messages.map((message) => (message.key === key ? answerOf(key, turn) : message));
+/** Shows `turn` as the last answer. */
+export function withTurn(messages: readonly Message[], turn: TurnState): Message[] {
+  return messages.map((message, at) =>
+    message.role === "assistant" && at === messages.length - 1 ? { ...message, turn, stats: measure(turn) } : message,
+  );
 }
 
-/**
- * Appends a turn that began before this page was loaded. The server may already have stored its
- * question, which then is the last message, or not yet.
- */
-export function withPending(messages: readonly Message[], question: string, key: string, turn: TurnState): Message[] {
-  const last = messages.at(-1);
-  const asked = last?.role === "user" && last.text === question;
-  const user: Message[] = asked ? [] : [{ role: "user", key: `${key}-question`, text: question }];
-  return [...messages, ...user, answerOf(key, turn)];
-}
-
-/** Drops from the stored messages the answer that a followed turn turned out to be, and its question. */
-export function withoutStored(messages: readonly Message[], itemId: string): Message[] {
-  const at = messages.findIndex((message) => message.role === "assistant" && message.key === itemId);
-  if (at < 0) return [...messages];
-  const from = messages[at - 1]?.role === "user" ? at - 1 : at;
-  return [...messages.slice(0, from), ...messages.slice(at + 1)];
-}
-
-/**
- * Returns the ids of the stored items, newest first, that the last exchange consists of: none if the
- * server refused the question or failed, for then it stored nothing.
- */
-export function lastExchange(items: readonly Item[], question: string, answerId: string | null): string[] {
-  // An answer has several items where tools were called; none follows it.
-  const at = answerId === null ? -1 : items.findIndex(({ id }) => id === answerId);
-  const answer = at < 0 ? [] : items.slice(at);
-  if (answer.some(({ role }) => role === "user")) return [];
-  const asked = at < 0 ? items.at(-1) : items[at - 1];
-  // Stopped before the first word, only the question was stored.
-  const stored = asked?.role === "user" && (at >= 0 || (answerId === null && itemText(asked) === question));
-  const ids = [...answer.map(({ id }) => id).reverse(), stored ? asked.id : undefined];
-  return ids.filter((id) => id !== undefined);
-}
+const MAX_TITLE_CHARS = 60;
 
 /** A title for a conversation from its first question. */
 export function titleFrom(question: string): string {
   const line = question.trim().replace(/\s+/g, " ");
-  if (line.length <= 48) return line || "New chat";
-  const cut = line.slice(0, 48);
+  if (line.length <= MAX_TITLE_CHARS) return line || "New chat";
+  const cut = line.slice(0, MAX_TITLE_CHARS);
   const space = cut.lastIndexOf(" ");
-  return `${space > 24 ? cut.slice(0, space) : cut}…`;
+  return `${space > MAX_TITLE_CHARS / 2 ? cut.slice(0, space) : cut}…`;
 }

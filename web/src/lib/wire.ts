@@ -15,6 +15,7 @@ export interface ResponseObject {
   usage?: Usage | null;
   error?: { code?: string | null; message?: string } | null;
   incomplete_details?: { reason?: string } | null;
+  output?: Item[];
 }
 
 export interface TextPart {

@@ -4,17 +4,19 @@
 import { Client } from "../lib/client";
 import type { Problem } from "../lib/problem";
 import { readSettings, type Settings } from "../lib/settings";
-import { BrowserStore, type Conversation } from "../lib/storage";
-import { titleFrom } from "../lib/thread";
+import { BrowserStore } from "../lib/storage";
+import type { Message, UserMessage } from "../lib/thread";
+import { onWake } from "../lib/wake";
+import { ConversationList } from "./list.svelte";
 import { problemOf, Thread, type ThreadEvents } from "./thread.svelte";
 
 export type Health = "checking" | "ready" | "restarting" | "away";
 
 const HEALTHY_POLL_MS = 20_000;
 const AWAY_POLL_MS = 2000;
+const MAX_TITLE_CHARS = 200;
 
 export class Chat {
-  conversations = $state.raw<Conversation[]>([]);
   thread = $state.raw<Thread>() as Thread;
   settings = $state.raw<Settings>(readSettings(null));
   apiKey = $state<string | null>(null);
@@ -24,6 +26,7 @@ export class Chat {
   /** A problem of the page as a whole, such as a conversation that could not be deleted. */
   notice = $state.raw<Problem | null>(null);
 
+  readonly list: ConversationList;
   readonly #client: Client;
   readonly #store: BrowserStore;
   readonly #threads = new Map<string, Thread>();
@@ -32,12 +35,12 @@ export class Chat {
   constructor(client: Client, store: BrowserStore) {
     this.#client = client;
     this.#store = store;
-    this.conversations = store.conversations();
+    this.list = new ConversationList(client, store, (problem, what) => this.#events.failed(problem, what));
     this.settings = readSettings(store.read("settings"));
     const key = store.read("key");
     this.#useKey(typeof key === "string" ? key : null);
     const open = store.read("open");
-    this.thread = this.#threadOf(this.conversations.some(({ id }) => id === open) ? (open as string) : null);
+    this.thread = this.#threadOf(typeof open === "string" ? open : null);
   }
 
   /** The model that answers: the chosen one while the server has it. */
@@ -47,28 +50,48 @@ export class Chat {
   }
 
   get title(): string {
-    return this.conversations.find(({ id }) => id === this.thread.id)?.title ?? "New chat";
+    return this.list.titleOf(this.thread.id);
   }
 
   /** Starts watching the server. Returns what ends it. */
   start(): () => void {
-    const wake = (): void => void this.check();
-    const other = (event: StorageEvent): void => {
-      if (event.key === "millrace.conversations") this.conversations = this.#store.conversations();
+    const look = (): void => void this.check();
+    const save = (): void => {
+      for (const thread of this.#open()) thread.save();
     };
-    window.addEventListener("online", wake);
-    window.addEventListener("offline", wake);
-    document.addEventListener("visibilitychange", wake);
+    const other = (event: StorageEvent): void => {
+      if (event.key !== "millrace.changed") return;
+      void this.list.load();
+      void this.thread.refresh();
+    };
+    const asleep = onWake(() => this.#wake());
+    window.addEventListener("offline", look);
+    window.addEventListener("pagehide", save);
+    document.addEventListener("visibilitychange", save);
     window.addEventListener("storage", other);
-    wake();
+    look();
     void this.thread.load();
     return () => {
       clearTimeout(this.#timer);
-      window.removeEventListener("online", wake);
-      window.removeEventListener("offline", wake);
-      document.removeEventListener("visibilitychange", wake);
+      asleep();
+      window.removeEventListener("offline", look);
+      window.removeEventListener("pagehide", save);
+      document.removeEventListener("visibilitychange", save);
       window.removeEventListener("storage", other);
     };
+  }
+
+  /** Nothing that was true before a sleep or without a network need be true now. */
+  #wake(): void {
+    this.#client.wake();
+    for (const thread of this.#open()) thread.nudge();
+    void this.thread.refresh();
+    void this.check();
+    void this.list.load();
+  }
+
+  #open(): Set<Thread> {
+    return new Set([this.thread, ...this.#threads.values()]);
   }
 
   async check(): Promise<void> {
@@ -77,6 +100,10 @@ export class Chat {
     const before = this.health;
     const health = await this.#client.ready();
     this.health = health;
+    if (health === "ready" && before === "away") {
+      for (const thread of this.#open()) thread.nudge();
+      void this.thread.refresh();
+    }
     if (health === "ready" && (before !== "ready" || this.models.length === 0)) await this.#loadModels();
     clearTimeout(this.#timer);
     this.#timer = setTimeout(() => void this.check(), health === "ready" ? HEALTHY_POLL_MS : AWAY_POLL_MS);
@@ -86,22 +113,24 @@ export class Chat {
     try {
       this.models = await this.#client.models();
       this.needsKey = false;
-      if (this.thread.loadProblem !== null) await this.thread.load();
+      const { loadProblem } = this.thread;
+      if (loadProblem?.retryable === true || loadProblem?.kind === "key") await this.thread.load();
+      await this.list.load();
     } catch (error) {
       this.#events.failed(problemOf(error));
     }
   }
 
   readonly #events: ThreadEvents = {
-    created: (thread, question) => {
-      if (thread.id === null) return;
-      const now = Date.now();
-      this.#threads.set(thread.id, thread);
-      this.#saveList([{ id: thread.id, title: titleFrom(question), createdAt: now, updatedAt: now }, ...this.#store.conversations()]);
-      if (this.thread === thread) this.#store.write("open", thread.id);
+    created: (thread, conversation) => {
+      this.#threads.set(conversation.id, thread);
+      this.list.put(conversation);
+      if (this.thread === thread) this.#store.write("open", conversation.id);
     },
-    touched: (thread) => {
-      this.#edit(thread.id, { updatedAt: Date.now() });
+    touched: () => void this.list.changed(),
+    gone: (thread, problem) => {
+      if (thread.id !== null) this.#forget(thread.id);
+      this.notice = problem;
     },
     shaken: () => void this.check(),
     failed: (problem, what) => {
@@ -123,7 +152,7 @@ export class Chat {
     if (id === null && this.thread.id === null && this.thread.messages.length === 0) return;
     this.thread = this.#threadOf(id);
     this.#store.write("open", id);
-    void this.thread.load();
+    void this.thread.open();
   }
 
   /** Why nothing can be sent now, or null. */
@@ -139,42 +168,76 @@ export class Chat {
 
   async send(text: string): Promise<void> {
     const question = text.trim();
-    if (question === "" || this.blocked !== null || this.model === null || this.thread.busy) return;
-    this.thread.draft = "";
-    await this.thread.send(question, this.model, this.settings);
+    const { thread } = this;
+    if (question === "") return;
+    await this.#with((model) => {
+      thread.draft = "";
+      return thread.send(question, model, this.settings);
+    });
   }
 
-  /** Asks the last question again in place of the answer it got. */
-  async again(): Promise<void> {
-    if (this.blocked !== null || this.model === null) return;
-    const { thread, model } = this;
-    const question = await thread.takeBack();
-    if (question !== null) await thread.send(question, model, this.settings);
+  /** Asks something else in place of a question. */
+  async edit(message: UserMessage, text: string): Promise<void> {
+    const question = text.trim();
+    if (question !== "") await this.#with((model) => this.thread.edit(message, question, model, this.settings));
   }
 
-  /** Puts the last question back into the composer. */
-  async edit(): Promise<void> {
-    const question = await this.thread.takeBack();
-    if (question !== null) this.thread.draft = question;
+  /** Has a question answered (again). */
+  async answer(message: Message): Promise<void> {
+    await this.#with((model) => this.thread.answer(message, model, this.settings));
   }
 
-  rename(id: string, title: string): void {
-    const clean = title.trim().slice(0, 120);
-    if (clean !== "") this.#edit(id, { title: clean });
+  /** Asks a question again in a new conversation, for the server has lost this one. */
+  async askAnew(at: number): Promise<void> {
+    const message = this.thread.messages[at];
+    if (message?.role !== "user") return;
+    if (this.thread.id !== null) this.#forget(this.thread.id);
+    this.open(null);
+    if (this.blocked === null) await this.send(message.text);
+    else this.thread.draft = message.text;
+  }
+
+  async #with(work: (model: string) => Promise<void>): Promise<void> {
+    if (this.blocked !== null || this.model === null || this.thread.busy) return;
+    await work(this.model);
+  }
+
+  /** Opens a conversation of a search at what was found. */
+  openAt(id: string, itemId: string): void {
+    this.open(id);
+    void this.thread.reveal(itemId);
+  }
+
+  /** Copies the conversation up to a message into a new one, and opens that. */
+  async fork(message: Message): Promise<void> {
+    const { id } = this.thread;
+    if (id === null || message.place.last === null) return;
+    try {
+      const fork = await this.#client.fork(id, message.place.last, `${this.title} (fork)`.slice(-MAX_TITLE_CHARS));
+      this.list.put(fork);
+      this.open(fork.id);
+      void this.list.changed();
+    } catch (error) {
+      this.#events.failed(problemOf(error), "The conversation could not be forked");
+    }
+  }
+
+  async rename(id: string, title: string): Promise<void> {
+    await this.list.rename(id, title.trim().slice(0, MAX_TITLE_CHARS));
   }
 
   async remove(id: string): Promise<void> {
-    try {
-      await this.#client.deleteConversation(id);
-    } catch (error) {
-      this.#events.failed(problemOf(error), "The conversation could not be deleted");
-      return;
-    }
+    if (!(await this.list.remove(id))) return;
     this.#threads.get(id)?.leave();
+    this.#forget(id);
+  }
+
+  #forget(id: string): void {
     this.#threads.delete(id);
     this.#store.forget(id);
-    this.conversations = this.#store.conversations();
-    if (this.thread.id === id) this.open(null);
+    if (this.thread.id !== id) return;
+    this.thread = this.#threadOf(null);
+    this.#store.write("open", null);
   }
 
   saveSettings(settings: Settings): void {
@@ -188,21 +251,13 @@ export class Chat {
     this.#store.write("key", clean);
     this.#useKey(clean);
     this.needsKey = false;
+    this.list.clear();
     void this.#loadModels();
   }
 
   #useKey(key: string | null): void {
     this.apiKey = key;
     this.#client.apiKey = key;
-  }
-
-  #edit(id: string | null, change: Partial<Conversation>): void {
-    this.#saveList(this.#store.conversations().map((entry) => (entry.id === id ? { ...entry, ...change } : entry)));
-  }
-
-  #saveList(list: Conversation[]): void {
-    this.#store.saveConversations(list);
-    this.conversations = list;
   }
 }
 
