@@ -23,7 +23,7 @@ __all__ = ["FAST_TOP", "add_bias", "apply_penalties", "apply_token_mask", "logpr
 FAST_TOP = 20  # what the OpenAI dialects allow
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries", "num_rows"])
 def _edit(
     logits_ptr,
     rows_ptr,

@@ -6,7 +6,8 @@ that (two rows in, two out); with FP8 out a row costs ``H + 4`` instead of ``H*s
 On 3.35 TB/s (H100) ``add_rms_norm`` of 64 rows of 4096 bfloat16 is 0.6 us, below a launch.
 
 A norm holds its row in registers, several rows a program where rows are short, and sums it in one
-tree whose shape depends on H alone: a row's bits depend neither on T nor on its neighbours.
+tree whose shape depends on H alone: a row's bits depend neither on T nor on its neighbours. No
+launch compiles anew for another number of rows.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from kernels.gpu.tuning import capability_of, config
 __all__ = ["add_rms_norm", "quantise_rows", "rms_norm", "take_rows"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "table_len"])
 def _take_rows(
     out_ptr, table_ptr, index_ptr, count, table_len, width, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
@@ -54,7 +55,7 @@ def quantise_rows(y, scales_ptr, rows, count):
     return to_e4m3(y / scales[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _rms_norm(
     out_ptr,
     scales_ptr,

@@ -17,7 +17,7 @@ from kernels.gpu.tuning import capability_of, config
 __all__ = ["swiglu"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _swiglu(
     out_ptr,
     scales_ptr,
