@@ -143,7 +143,7 @@ async def fuzz(server: LiveServer, throw: Throw, *, seed: int, count: int) -> Ou
         if answered.hung:
             outcome.bad.append(f"no end after {ANSWER_S:.0f} s: {about}")
 
-    # What a process grows to when it has seen a bit of everything is no leak: the second half counts.
+    # What a process grows to until it has seen everything is no leak: the second half counts.
     first = count // 2
     await asyncio.gather(*(one(random.Random(rng.random())) for _ in range(first)))
     await asyncio.to_thread(server.idle_metrics)
