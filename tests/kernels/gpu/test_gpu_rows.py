@@ -167,7 +167,7 @@ ROTARY_BUGS = [
     ("tl.where(of_query, q_second[None, :]", "tl.where(of_query, q_first[None, :]", ""),
     ("mean_square + eps", "mean_square", ""),
     ("offset = slot - block * block_size", "offset = slot - block * block_size - 1", ""),
-    ("value_head = key_head - kv_heads", "value_head = key_head - 1", ""),
+    ("value_head = key_head - kv_heads", "value_head = 2 * kv_heads - 1 - key_head", ""),
     ("tl.store(v_cache_ptr + v_at + half, second", "tl.store(v_cache_ptr + v_at + half, first", ""),
     ("position * HEAD_DIM + half + dims", "position * HEAD_DIM + dims", ""),
     ("to_e4m3(turned_second / k_scale)", "to_e4m3(turned_second * k_scale)", "_fp8"),
