@@ -49,6 +49,9 @@ async def stalled_readers(campaign: Campaign, count: int) -> None:
                 contextlib.closing(StalledReader(replica.url, campaign.client([]).history.question))
             )
             campaign.tally.struck["reader stalled"] += 1
+        # Behind so many long answers the others would wait for their place, whoever reads or not.
+        while (await asyncio.to_thread(replica.live.metrics))["millrace_requests_waiting"] > 4:
+            await asyncio.sleep(0.2)
         began_s = time.monotonic()
         clients = [campaign.client([replica.url]) for _ in range(4)]
         for history in await asyncio.gather(*(client.run() for client in clients)):

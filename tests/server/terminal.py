@@ -49,17 +49,17 @@ class Terminal:
                 return await self.expect(wanted, patience_s=2)
         return await self.expect(wanted, patience_s=2)
 
-    async def expect(self, wanted: str, *, patience_s: float = 20) -> str:
+    async def expect(self, wanted: str, *, patience_s: float = 40) -> str:
         """Wait until ``wanted`` is shown after what was expected before; return what came till
         then.
         """
-        while (found := self.text.find(wanted, self._from)) < 0:
-            self._changed.clear()
-            try:
-                async with asyncio.timeout(patience_s):
+        try:
+            async with asyncio.timeout(patience_s):
+                while (found := self.text.find(wanted, self._from)) < 0:
+                    self._changed.clear()
                     await self._changed.wait()
-            except TimeoutError:
-                raise AssertionError(f"{wanted!r} is not in {self.text[self._from :]!r}") from None
+        except TimeoutError:
+            raise AssertionError(f"{wanted!r} is not in {self.text[self._from :]!r}") from None
         before = self.text[self._from : found]
         self._from = found + len(wanted)
         return before
