@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -125,14 +124,16 @@ class Client:
         """Take events until the terminal one; raises what the connection ended with."""
         history = self.history
         iterator = aiter(events)
-        for count in itertools.count():
-            async with asyncio.timeout(SILENCE_S if count else FIRST_EVENT_S):
+        patience_s = FIRST_EVENT_S if history.response_id is None else SILENCE_S
+        while True:
+            async with asyncio.timeout(patience_s):
                 try:
                     event = await anext(iterator)
                 except StopAsyncIteration:
                     raise EOFError("the stream ended early") from None
             if event["type"] == "error":
                 raise EOFError(f"error event: {event}")
+            patience_s = SILENCE_S
             one = Received(time.monotonic(), history.connections, event)
             history.received.append(one)
             if "response" in event:

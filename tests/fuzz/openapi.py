@@ -52,7 +52,7 @@ def run_schemathesis(
         "--request-timeout", str(REQUEST_S),
         "--suppress-health-check", "all",
         "--warnings", "off",
-        "--continue-on-failure",
+        "--continue-on-failure", "--output-truncate", "false",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         run = subprocess.run(
