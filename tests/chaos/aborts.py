@@ -14,7 +14,6 @@ from typing import Any
 
 import aiohttp
 import orjson
-from rich.console import Console
 
 from tests.chaos.campaign import Campaign
 from tests.chaos.history import TERMINAL
@@ -57,13 +56,12 @@ def _look_at_steps(
         after[f"millrace_{name}_total"] - before[f"millrace_{name}_total"]
         for name in ("aborted_sequences", "abort_steps", "late_aborts")
     )
-    said = (
-        f"{aborts:.0f} aborts reached the engine; their blocks were free after "
-        f"{steps / max(1, aborts):.2f} steps on average, {late:.0f} after more than two"
+    campaign.tally.measured = (
+        f"blocks free after {steps / max(1, aborts):.2f} steps, "
+        f"{late:.0f} in {aborts:,.0f} after more than two"
     )
-    Console(stderr=True, soft_wrap=True).print(said)
     if late > aborts / 100:
-        campaign.tally.notes.append(said)
+        campaign.tally.notes.append(campaign.tally.measured)
 
 
 def _books(replica: Replica) -> dict[str, float]:
