@@ -75,6 +75,7 @@ class Client:
         self._patience_s = patience_s
         self._on_event = on_event
         self._address: str | None = None
+        self._silent: str | None = None
 
     async def run(self) -> History:
         """Return the history, with the terminal event, a refusal, or ``gave_up``."""
@@ -92,7 +93,9 @@ class Client:
 
     async def _try(self, session: aiohttp.ClientSession) -> None:
         history = self.history
-        address = self._rng.choice(self._addresses)
+        # What said nothing for so long is not asked again at once where there is another.
+        addresses = [one for one in self._addresses if one != self._silent] or self._addresses
+        address = self._rng.choice(addresses)
         history.connections += 1
         history.moves += history.response_id is not None and address != self._address
         self._address = address
@@ -105,6 +108,7 @@ class Client:
                 history.refused = str(refusal)
             await asyncio.sleep(RETRY_S)
         except LOST as error:
+            self._silent = address if isinstance(error, TimeoutError) else None
             self._note(f"lost: {type(error).__name__} {error}")
             await asyncio.sleep(RETRY_S * self._rng.random())
 

@@ -17,6 +17,8 @@ __all__ = ["stalled_readers"]
 
 GROWTH_BYTES_EACH = 2 << 20
 """More than this for each stalled reader is not bounded by anything that is meant."""
+SUBMITTED_S = 3.0
+"""After this long all that was asked is at the engine."""
 
 
 class StalledReader:
@@ -50,7 +52,8 @@ async def stalled_readers(campaign: Campaign, count: int) -> None:
             )
             campaign.tally.struck["reader stalled"] += 1
         # Behind so many long answers the others would wait for their place, whoever reads or not.
-        while (await asyncio.to_thread(replica.live.metrics))["millrace_requests_waiting"] > 4:
+        await asyncio.sleep(SUBMITTED_S)
+        while (await asyncio.to_thread(replica.live.metrics))["millrace_requests_waiting"]:
             await asyncio.sleep(0.2)
         began_s = time.monotonic()
         clients = [campaign.client([replica.url]) for _ in range(4)]
