@@ -278,8 +278,9 @@ class Turns:
             log.error("what the store lost of %s cannot be stored again: %s", turn.id, error)
 
     def forget(self, turn: Turn) -> None:
-        """Take an ended turn out of the registry."""
-        self._turns.pop(turn.id, None)
+        """Take out of the registry a turn that ended or went to another server."""
+        if self._turns.pop(turn.id, None) is not None:
+            self.metrics.turn_left()
         if (used := turn.used) is None:
             self._gate.hand_over(turn.id)
         else:

@@ -35,7 +35,7 @@ class Metrics:
         self._turns_started = self._counter("turns_started", "Turns begun.", ["dialect"])
         self._turns_ended = self._counter("turns", "Turns ended.", ["dialect", "status"])
         self._turns_in_flight = Gauge(
-            "millrace_turns_in_flight", "Turns begun and not ended.", registry=self.registry
+            "millrace_turns_in_flight", "Turns that this server makes now.", registry=self.registry
         )
         self._turn_prompt = self._counter("turn_prompt_tokens", "Prompt tokens of ended turns.")
         self._turn_cached = self._counter(
@@ -122,6 +122,10 @@ class Metrics:
         self._turns_started.labels(dialect).inc()
         self._turns_in_flight.inc()
 
+    def turn_left(self) -> None:
+        """Count a turn that this server has no more: it ended, or goes on at another."""
+        self._turns_in_flight.dec()
+
     def refused(self, code: str) -> None:
         """Count a turn that was not let in, by its error's code."""
         self._refused.labels(code).inc()
@@ -167,7 +171,6 @@ class Metrics:
     ) -> None:
         """Count a turn's end; ``status`` is completed, incomplete, failed or cancelled."""
         self._turns_ended.labels(dialect, status).inc()
-        self._turns_in_flight.dec()
         self._turn_prompt.inc(prompt_tokens)
         self._turn_cached.inc(cached_tokens)
         self._turn_completion.inc(completion_tokens)

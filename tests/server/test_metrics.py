@@ -34,6 +34,7 @@ def end(metrics: Metrics, dialect: str, status: str, tokens: int) -> None:
         completion_tokens=tokens,
         duration_s=0.5,
     )
+    metrics.turn_left()
 
 
 def test_turns_by_dialect_and_status_add_up() -> None:

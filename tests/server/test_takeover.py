@@ -277,6 +277,7 @@ async def test_a_paused_server_that_wakes_up_gives_way(store: Store) -> None:
     stored = [entry.event for entry in await alive.journals.stored.entries(turn.id)]
     assert stored == events
     assert paused.turns.live == 0
+    assert b"millrace_turns_in_flight 0.0" in paused.metrics.render()
     await paused.close()
     await alive.close()
 
