@@ -8,6 +8,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import sys
 import termios
@@ -75,6 +76,15 @@ class Terminal:
         self._changed.set()
 
 
+def _enter_terminal() -> None:
+    """In the child: the terminal is its own, and Ctrl-C does what it does there.
+
+    Who is started in the background ignores SIGINT, and so does all that it starts.
+    """
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @asynccontextmanager
 async def terminal(*arguments: str, **environment: str) -> AsyncIterator[Terminal]:
     """Run ``python -m server ARGUMENTS`` on a terminal of its own."""
@@ -90,7 +100,7 @@ async def terminal(*arguments: str, **environment: str) -> AsyncIterator[Termina
         stderr=slave,
         env={**os.environ, "TERM": "xterm-256color", **environment},
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=_enter_terminal,
     )
     os.close(slave)
     shown = Terminal(master, process)
