@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["RESULTS", "Report", "device_name"]
+__all__ = ["RESULTS", "WIDTH", "Report", "commit_name", "device_name"]
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH = 210
@@ -32,7 +32,8 @@ def device_name() -> str:
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
-def _commit() -> str:
+def commit_name() -> str:
+    """Return the commit that is checked out, marked where files differ from it."""
     run = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
@@ -56,7 +57,7 @@ class Report:
         device = device or device_name()
         stamp: Mapping[str, str] = {
             "date": time.strftime("%Y-%m-%d"),
-            "commit": _commit(),
+            "commit": commit_name(),
             "device": device,
             # Above what the benchmark itself keeps busy, others disturbed it.
             "load": f"{os.getloadavg()[0]:.1f}",

@@ -17,13 +17,12 @@ import aiohttp
 import orjson
 
 from tests.chaos.checker import Verdict
-from tests.chaos.client import LOST, RETRY_S, SILENCE_S
+from tests.chaos.client import FIRST_EVENT_S, LOST, RETRY_S, SILENCE_S
 from tests.chaos.questions import Answer, Question
 
 __all__ = ["ChatClient"]
 
 PATIENCE_S = 60.0
-FIRST_CHUNK_S = 15.0
 
 
 class ChatClient:
@@ -105,7 +104,7 @@ class ChatClient:
     async def _read(self, response: aiohttp.ClientResponse) -> None:
         """Take whole events; what a cut left of one is none, and comes again."""
         buffer = b""
-        limit_s = FIRST_CHUNK_S
+        limit_s = FIRST_EVENT_S
         while not self._done:
             async with asyncio.timeout(limit_s):
                 chunk = await response.content.readany()

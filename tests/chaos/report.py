@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,18 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.report import WIDTH, device_name
+from tests.bench.report import WIDTH, commit_name, device_name
 
 __all__ = ["RESULTS", "show"]
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def _commit() -> str:
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return run.stdout.strip() or "unknown"
 
 
 def show(rows: Sequence[Mapping[str, object]], name: str = "reliability") -> Path:
@@ -30,7 +22,7 @@ def show(rows: Sequence[Mapping[str, object]], name: str = "reliability") -> Pat
 
     Returns the file's path.
     """
-    stamp = {"date": time.strftime("%Y-%m-%d"), "commit": _commit(), "device": device_name()}
+    stamp = {"date": time.strftime("%Y-%m-%d"), "commit": commit_name(), "device": device_name()}
     columns = [*rows[0]]
     table = Table(title=f"{name} ({stamp['device']})", title_justify="left")
     for column in columns:
