@@ -17,7 +17,7 @@ import aiohttp
 import orjson
 
 from tests.chaos.checker import Verdict
-from tests.chaos.client import FIRST_EVENT_S, LOST, RETRY_S, SILENCE_S
+from tests.chaos.client import FIRST_EVENT_S, LOST, RETRY_S, SILENCE_S, frames_of
 from tests.chaos.questions import Answer, Question
 
 __all__ = ["ChatClient"]
@@ -103,17 +103,15 @@ class ChatClient:
 
     async def _read(self, response: aiohttp.ClientResponse) -> None:
         """Take whole events; what a cut left of one is none, and comes again."""
-        buffer = b""
+        frames = frames_of(response)
         limit_s = FIRST_EVENT_S
         while not self._done:
             async with asyncio.timeout(limit_s):
-                chunk = await response.content.readany()
-            if not chunk:
+                frame = await anext(frames, None)
+            if frame is None:
                 raise EOFError("the stream ended early")
             limit_s = SILENCE_S
-            *frames, buffer = (buffer + chunk).split(b"\n\n")
-            for frame in frames:
-                self._take(frame)
+            self._take(frame)
 
     def _take(self, frame: bytes) -> None:
         for line in frame.split(b"\n"):

@@ -21,7 +21,7 @@ from websockets.exceptions import WebSocketException
 from tests.chaos.history import TERMINAL, History, Note, Received
 from tests.chaos.questions import Question
 
-__all__ = ["Client"]
+__all__ = ["FIRST_EVENT_S", "LOST", "RETRY_S", "SILENCE_S", "Client", "frames_of"]
 
 FIRST_EVENT_S = 15.0
 """How long to wait for the first event: a turn may have to queue."""
@@ -179,13 +179,19 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[dict[str, 
         except (ValueError, KeyError, TypeError, aiohttp.ClientError):
             code = "without a code"
         raise _Refused(response.status, code)
+    async for frame in frames_of(response):
+        for line in frame.split(b"\n"):
+            if line.startswith(b"data: "):
+                yield orjson.loads(line[6:])
+
+
+async def frames_of(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+    """The whole frames of a text/event-stream."""
     buffer = b""
     async for chunk in response.content.iter_any():
         *frames, buffer = (buffer + chunk).split(b"\n\n")
         for frame in frames:
-            for line in frame.split(b"\n"):
-                if line.startswith(b"data: "):
-                    yield orjson.loads(line[6:])
+            yield frame
 
 
 async def _ask_socket(address: str, question: Question) -> AsyncGenerator[dict[str, Any], None]:
