@@ -107,6 +107,7 @@ class ReferenceFp8Ops(ReferenceOps):
         query_starts: torch.Tensor,
         context_lens: torch.Tensor,
         scale: float,
+        plan: object | None = None,
     ) -> None:
         """See ``Fp8Ops.paged_attention_fp8``."""
         fp8.check_paged_attention_fp8(

@@ -46,7 +46,12 @@ class Attention:
         self.k_norm = source.take(f"{prefix}.k_norm.weight", [dim])
 
     def __call__(
-        self, buffers: StepBuffers, batch: Batch, keys: torch.Tensor, values: torch.Tensor
+        self,
+        buffers: StepBuffers,
+        batch: Batch,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        plan: object | None,
     ) -> torch.Tensor:
         """Attend from ``buffers.hidden [T, E]``; gives ``[T, Hq, D]``, not yet projected."""
         qkv = self.qkv(buffers.qkv, buffers.hidden)  # [T, (Hq + 2*Hkv)*D]
@@ -71,6 +76,7 @@ class Attention:
             batch.query_starts,
             batch.context_lens,
             self.scale,
+            plan,
         )
         return buffers.heads
 
@@ -148,10 +154,18 @@ class Qwen3:
         residual, hidden = buffers.residual, buffers.hidden  # [T, E] each
         ops.embed(residual, batch.ids, self.embedding)
         ops.rms_norm(hidden, residual, self.layers[0].attention_norm, self.eps)
+        plan = ops.plan_attention(
+            buffers.q,
+            cache.layers[0][0],
+            batch.block_tables,
+            batch.query_starts,
+            batch.context_lens,
+            batch.most_new,
+        )
         for layer, (keys, values) in zip(self.layers, cache.layers, strict=True):
             if layer is not self.layers[0]:
                 ops.add_rms_norm(hidden, residual, hidden, layer.attention_norm, self.eps)
-            heads = layer.attention(buffers, batch, keys, values)  # [T, Hq, D]
+            heads = layer.attention(buffers, batch, keys, values, plan)  # [T, Hq, D]
             layer.attention.out(hidden, heads.flatten(1))
             if layer is self.layers[-1]:
                 # From here on a row looks at no other, so only the wanted rows go on.

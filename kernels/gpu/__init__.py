@@ -37,6 +37,7 @@ from kernels.gpu import logits as logit_ops
 from kernels.gpu import rotary, rows, sampling
 from kernels.gpu import swiglu as gated
 from kernels.gpu.attention import attend_paged, plan_step
+from kernels.gpu.attention_plan import AttentionPlan
 from kernels.gpu.packed import DenseLinear, QuantisedLinear, pack_dense, pack_quantised, run_linear
 from kernels.gpu.workspace import Workspace
 
@@ -172,6 +173,21 @@ class GpuOps:
             (k_scale, v_scale),
         )  # fmt: skip
 
+    def plan_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        most_new: int | None = None,
+    ) -> AttentionPlan | None:
+        """See ``Ops.plan_attention``; None where there is nothing to attend to."""
+        return plan_step(
+            self._workspace(q.device), q, k_cache, block_tables, query_starts, context_lens,
+            most_new=most_new,
+        )  # fmt: skip
+
     def paged_attention(
         self,
         out: torch.Tensor,
@@ -182,13 +198,14 @@ class GpuOps:
         query_starts: torch.Tensor,
         context_lens: torch.Tensor,
         scale: float,
+        plan: object | None = None,
     ) -> None:
         """See ``Ops.paged_attention``."""
         checks.check_paged_attention(
             out, q, k_cache, v_cache, block_tables, query_starts, context_lens
         )
-        workspace = self._workspace(q.device)
-        plan = plan_step(workspace, q, k_cache, block_tables, query_starts, context_lens)
+        if plan is None:
+            plan = self.plan_attention(q, k_cache, block_tables, query_starts, context_lens)
         attend_paged(plan, out, q, k_cache, v_cache, block_tables, scale)
 
     def paged_attention_fp8(
@@ -203,13 +220,14 @@ class GpuOps:
         query_starts: torch.Tensor,
         context_lens: torch.Tensor,
         scale: float,
+        plan: object | None = None,
     ) -> None:
         """See ``Fp8Ops.paged_attention_fp8``."""
         fp8.check_paged_attention_fp8(
             out, q, k_cache, v_cache, k_scale, v_scale, block_tables, query_starts, context_lens
         )
-        workspace = self._workspace(q.device)
-        plan = plan_step(workspace, q, k_cache, block_tables, query_starts, context_lens)
+        if plan is None:
+            plan = self.plan_attention(q, k_cache, block_tables, query_starts, context_lens)
         attend_paged(plan, out, q, k_cache, v_cache, block_tables, scale, (k_scale, v_scale))
 
     def pack_linear(self, weight: torch.Tensor) -> PackedLinear:
