@@ -32,8 +32,6 @@ def _quantise(out: torch.Tensor, scales: torch.Tensor, y: torch.Tensor) -> None:
 class ReferenceFp8Ops(ReferenceOps):
     """See ``kernels.fp8.Fp8Ops`` for what each op means."""
 
-    name = "reference-fp8"
-
     def rms_norm_fp8(
         self,
         out: torch.Tensor,
