@@ -13,12 +13,23 @@ import os
 import torch
 
 from kernels.fp8 import E4M3, Fp8Ops
-from kernels.interface import BackendUnavailable, KernelError, Ops, PackedLinear
+from kernels.interface import (
+    ANY_DRAW,
+    GREEDY,
+    BackendUnavailable,
+    Draws,
+    KernelError,
+    Ops,
+    PackedLinear,
+)
 from kernels.quantised import QuantisedWeight, Scheme, dequantise
 
 __all__ = [
+    "ANY_DRAW",
     "E4M3",
+    "GREEDY",
     "BackendUnavailable",
+    "Draws",
     "Fp8Ops",
     "KernelError",
     "Ops",

@@ -25,14 +25,22 @@ is ``>= S`` are ignored; padded sampling rows may hold any logits, NaN included.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 if TYPE_CHECKING:
     from kernels.quantised import QuantisedWeight
 
-__all__ = ["BackendUnavailable", "KernelError", "Ops", "PackedLinear"]
+__all__ = [
+    "ANY_DRAW",
+    "GREEDY",
+    "BackendUnavailable",
+    "Draws",
+    "KernelError",
+    "Ops",
+    "PackedLinear",
+]
 
 
 class KernelError(ValueError):
@@ -41,6 +49,25 @@ class KernelError(ValueError):
 
 class BackendUnavailable(RuntimeError):
     """No kernel backend can serve the wanted device on this machine."""
+
+
+class Draws(NamedTuple):
+    """What the host knows of the rows that ``Ops.sample`` draws for; a False is a promise.
+
+    A backend need not launch what no row asks for. The same call, recorded, serves only rows that
+    keep the promise.
+    """
+
+    warm: bool = True
+    """Some row may have a temperature above 0."""
+    top_k: bool = True
+    """Some such row may use top-k."""
+    top_p: bool = True
+    """Some such row may use top-p."""
+
+
+ANY_DRAW = Draws()
+GREEDY = Draws(warm=False, top_k=False, top_p=False)
 
 
 class PackedLinear(Protocol):
@@ -332,6 +359,7 @@ class Ops(Protocol):
         min_p: torch.Tensor,
         seeds: torch.Tensor,
         positions: torch.Tensor,
+        draws: Draws = ANY_DRAW,
     ) -> None:
         """Draw one token id from each row. The draw depends on (seed, position, logits) only.
 
@@ -358,6 +386,7 @@ class Ops(Protocol):
             min_p: ``[S]`` float32; 0 is off.
             seeds: ``[S]`` int64.
             positions: ``[S]`` int64.
+            draws: what no row asks for.
 
         Cost: reads ``S*V*4`` bytes once for greedy rows, twice or three times for others.
         """

@@ -24,7 +24,7 @@ import torch
 from kernels import checks
 from kernels.cpu.binding import NativeLibrary
 from kernels.cpu.ordinary import DTYPE_CODES, ordinary_attention, ordinary_qkv
-from kernels.interface import KernelError, PackedLinear
+from kernels.interface import ANY_DRAW, Draws, KernelError, PackedLinear
 from kernels.quantised import QuantisedWeight, check_quantised, dequantise
 
 __all__ = ["NativeLinear", "NativeOps"]
@@ -363,6 +363,7 @@ class NativeOps(NativeLibrary):
         min_p: torch.Tensor,
         seeds: torch.Tensor,
         positions: torch.Tensor,
+        draws: Draws = ANY_DRAW,
     ) -> None:
         """See ``Ops.sample``."""
         rows, vocab = checks.check_sample(

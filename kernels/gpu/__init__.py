@@ -17,7 +17,7 @@ from functools import cache
 import torch
 
 from kernels import checks, fp8
-from kernels.interface import BackendUnavailable, KernelError, PackedLinear
+from kernels.interface import ANY_DRAW, BackendUnavailable, Draws, KernelError, PackedLinear
 from kernels.quantised import QuantisedWeight, check_quantised
 
 try:
@@ -219,10 +219,11 @@ class GpuOps:
         min_p: torch.Tensor,
         seeds: torch.Tensor,
         positions: torch.Tensor,
+        draws: Draws = ANY_DRAW,
     ) -> None:
         """See ``Ops.sample``."""
         checks.check_sample(out_ids, logits, temperature, top_k, top_p, min_p, seeds, positions)
-        sampling.sample(out_ids, logits, temperature, top_k, top_p, min_p, seeds, positions)
+        sampling.sample(out_ids, logits, temperature, top_k, top_p, min_p, seeds, positions, draws)
 
     def logprobs(
         self,

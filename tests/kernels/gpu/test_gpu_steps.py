@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +25,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.make(tmp_path_factory.mktemp("model"), shape)[0]
 
 
-def steps(engine: Engine) -> tuple[Counter[str], Counter[str]]:
+def steps(engine: Engine, **sampling: Any) -> tuple[Counter[str], Counter[str]]:
     """The launches of a step with a prompt of many tokens, and of one with a token a request."""
     for prompt in PROMPTS:
-        engine.add(prompt, max_tokens=4, ignore_eos=True)
+        engine.add(prompt, max_tokens=3, ignore_eos=True, **sampling)
     found = []
     for _ in range(2):
         with counted_launches() as counts:
@@ -43,6 +44,19 @@ def test_a_step_plans_its_attention_once(model: Path, device: torch.device) -> N
     assert prefill["_plan"] == decode["_plan"] == 1
     assert prefill["_decode"] == prefill["_prefill"] == decode["_decode"] == LAYERS
     assert decode["_prefill"] == 0, "no request has more than a token, and the host knows"
+    assert decode.total() == 1 + 1 + LAYERS * 9 + 2 + 1 + 1 + 2, decode  # as in a model's code
+
+
+def test_a_draw_launches_what_its_rows_ask_for(model: Path, device: torch.device) -> None:
+    with engine_on("triton", model, device) as engine:
+        found = [
+            steps(engine, **sampling)[1]
+            for sampling in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9})
+        ]
+    names = "_largest", "_narrow", "_settle", "_draw", "_pick"
+    assert [[counts[name] for name in names] for counts in found] == [
+        [1, 0, 0, 0, 1], [1, 0, 0, 1, 1], [1, 8, 1, 1, 1],
+    ]  # fmt: skip
 
 
 def answers(engine: Engine) -> list[list[tuple[int, float]]]:
