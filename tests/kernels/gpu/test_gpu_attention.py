@@ -43,7 +43,18 @@ def test_prefill_at_every_border(device: torch.device, block: int) -> None:
 
 @pytest.mark.parametrize(
     ("group", "head_dim"),
-    [(1, 64), (2, 128), (4, 256), (8, 64), (8, 128), (8, 256), (16, 64), (16, 128)],
+    [
+        (1, 64),
+        (1, 256),
+        (2, 128),
+        (4, 256),
+        (8, 64),
+        (8, 128),
+        (8, 256),
+        (16, 64),
+        (16, 128),
+        (16, 256),
+    ],
 )
 def test_heads(device: torch.device, head_dim: int, group: int) -> None:
     kv_heads = 2 if group < 4 else 1

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from kernels.fp8 import E4M3, Fp8Ops
-from kernels.gpu import GpuFp8Ops
+from kernels.gpu import GpuFp8Ops, attention_decode, attention_tile
 from kernels.interface import KernelError
 from kernels.reference_fp8 import ReferenceFp8Ops, to_e4m3
 from tests.kernels.comparisons import F32, Ragged, assert_close, poison, ragged_batch
-from tests.kernels.gpu.attention_runs import on, run
+from tests.kernels.gpu.attention_runs import USUAL, on, run
+from tests.kernels.gpu.test_gpu_attention_mutants import with_bug
 
 
 def quantised(batch: Ragged) -> tuple[Ragged, tuple[torch.Tensor, torch.Tensor]]:
@@ -43,6 +46,33 @@ def test_scaled_caches(device: torch.device, group: int, head_dim: int, block: i
     )  # fmt: skip
     k_scale, v_scale = (scale.to(device) for scale in scales)
     assert_close(run(on(device, batch), scales=(k_scale, v_scale)), wanted(batch, scales))
+
+
+DECODED, FILLED, MERGED = (3, 20), (12, 20), (1, 70)  # new tokens and context
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new", "cases"),
+    [
+        (attention_tile, "k_scale_ptr + head", "k_scale_ptr", (DECODED, FILLED, MERGED)),
+        (attention_tile, "v_scale_ptr + head", "v_scale_ptr", (DECODED, FILLED)),
+        (attention_decode, "v_scale_ptr + head // ", "v_scale_ptr + 0 * head // ", (MERGED,)),
+    ],
+)
+def test_bugs_in_the_scales_are_found(
+    device: torch.device, tmp_path: Path, module: ModuleType, old: str, new: str,
+    cases: tuple[tuple[int, int], ...],
+) -> None:  # fmt: skip
+    wrong = with_bug(module, old, new, tmp_path)
+    for new_tokens, context in cases:
+        batch, scales = quantised(
+            ragged_batch(new=[new_tokens], context=[context], q_heads=2, kv_heads=2, head_dim=32)
+        )
+        k_scale, v_scale = (scale.to(device) for scale in scales)
+        there, want = on(device, batch), wanted(batch, scales)
+        assert_close(run(there, USUAL, (k_scale, v_scale)), want)
+        with pytest.raises(AssertionError):
+            assert_close(run(there, USUAL, (k_scale, v_scale), module=wrong), want)
 
 
 def test_every_number_of_e4m3_is_read(device: torch.device) -> None:

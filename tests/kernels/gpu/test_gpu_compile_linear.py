@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 COMPILE = """
 import triton.language as tl
 from triton import compile
@@ -21,8 +23,8 @@ from kernels.gpu.linear_stream import add_parts_kernel, stream_kernel
 from kernels.gpu.quantise import quantise_groups_kernel, quantise_rows_kernel
 from kernels.gpu.tuning import rules_of
 
-def build(fn, types, op, capability=(9, 0), **more):
-    rule = rules_of(capability)[op][-1].config
+def build(fn, types, op, capability=(9, 0), which=-1, **more):
+    rule = rules_of(capability)[op][which].config
     constants = {**rule.constants, **more}
     types = {**{name: "i32" for name in fn.arg_names}, **types}
     types.update({name: "constexpr" for name in constants})
@@ -68,6 +70,20 @@ for blockwise in (False, True):
         ptx = build(linear_fp8_kernel, types, "linear_fp8", BLOCKWISE=blockwise, DESCRIPTORS=tiles)
         assert "wgmma" in ptx and ".e4m3" in ptx
         assert ("cp.async.bulk.tensor" in ptx) == tiles
+dense = {"out": "*bf16", "x": "*bf16", "weight": "*bf16"}
+wide = {"out": "*fp32", "x": "*fp32", "weight": "*bf16"}
+narrow = {"out": "*bf16", "x": "*fp8e4nv", "x_scales": "*fp32", "weight": "*fp8e4nv",
+          "w_scales": "*fp32"}
+few = {"out": "*fp32", "x": "*bf16", "weight": "*fp8e4nv", "scales": "*fp32"}
+for fn, op, types, more in (
+    (linear_kernel, "linear", dense, dict(COMPUTE=tl.bfloat16)),
+    (linear_kernel, "linear_float32", wide, dict(COMPUTE=tl.float32)),
+    (linear_fp8_kernel, "linear_fp8", narrow, dict(BLOCKWISE=True, DESCRIPTORS=False)),
+    (stream_kernel, "linear_stream", few, dict(INT4=False, DECODE=False, SCALING=2)),
+):
+    for name in (op, f"{op}_invariant"):
+        for which in range(len(rules_of((9, 0))[name])):
+            build(fn, types, name, which=which, **more)
 build(add_parts_kernel, {"out": "*bf16", "parts": "*fp32", "scales": "*fp32"}, "add_parts",
       SCALED=True, SPLITS=4)
 types = {"out": "*fp8e4nv", "scales": "*fp32", "x": "*bf16"}
@@ -77,6 +93,7 @@ print("compiled")
 """
 
 
+@pytest.mark.timeout(240)
 def test_products_compile(tmp_path: Path) -> None:
     variables = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     run = subprocess.run(
@@ -84,7 +101,7 @@ def test_products_compile(tmp_path: Path) -> None:
         env=variables,
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=230,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]

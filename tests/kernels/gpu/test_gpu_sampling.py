@@ -162,14 +162,25 @@ def test_what_no_row_asks_for_is_not_launched_nor_missed(
         assert counts.total() == 2
 
 
-def test_a_wrong_start_of_top_p_is_found(
-    ops: Ops, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("old", "new", "asked"),
+    [
+        ("(rows,), 0xFFFFFFFF", "(rows,), 0x3FFFFFFF", ASKED[4]),
+        ("tl.min(tl.where(x == best, ids, vocab)", "tl.max(tl.where(x == best, ids, -1)", ASKED[0]),
+        (
+            "tl.min(tl.where(scores == best, ids, vocab)",
+            "tl.max(tl.where(scores == best, ids, -1)",
+            ASKED[0],
+        ),
+        ("tl.where(x == x, x, ", "tl.where(x == x, x, -", ASKED[0]),
+    ],
+)
+def test_planted_bugs_of_cheaper_draws(
+    ops: Ops, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, old: str, new: str, asked: Any
 ) -> None:
-    monkeypatch.setattr(
-        gpu, "sampling", planted(sampling, "(rows,), 0xFFFFFFFF", "(rows,), 0x3FFFFFFF", tmp_path)
-    )
+    monkeypatch.setattr(gpu, "sampling", planted(sampling, old, new, tmp_path))
     with pytest.raises(AssertionError):
-        test_what_no_row_asks_for_is_not_launched_nor_missed(ops, *ASKED[4])
+        test_what_no_row_asks_for_is_not_launched_nor_missed(ops, *asked)
 
 
 def test_a_broken_promise_is_seen_where_looking_is_free() -> None:
