@@ -138,8 +138,9 @@ class Runner:
     def step(self, plan: Plan, between: Callable[[], None] = _nothing) -> StepOutput:
         """Compute the plan's rows and draw a token for those that sample.
 
-        ``between`` is called after each layer and may raise: then the step was not computed, and
-        what it wrote to blocks is written again by whatever step computes these positions.
+        ``between`` is called after each half of a layer and may raise: then the step was not
+        computed, and what it wrote to blocks is written again by whatever step computes these
+        positions.
         """
         if not plan.rows:
             return StepOutput([], [], {})
