@@ -13,7 +13,7 @@ from engine.adapter import Adapter
 from engine.batch import BatchBuilder
 from engine.cache import CacheManager, FullAttentionGroup
 from engine.cgroups import cpu_limit
-from engine.config import Device, Dtype, EngineConfig, Quantization
+from engine.config import Device, Dtype, EngineConfig, KvCacheDtype, Quantization
 from engine.errors import ConfigError
 from engine.generation_config import read_sampling_defaults
 from engine.hub import resolve_model
@@ -27,7 +27,7 @@ from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.steps import Plan, StepOutput
 from engine.types import ModelInfo, Request, SamplingParams
-from kernels import BackendUnavailable, Ops, select
+from kernels import E4M3, BackendUnavailable, Fp8Ops, Ops, select
 
 __all__ = ["Runner"]
 
@@ -76,6 +76,7 @@ class Runner:
                 f"quantised already ({model_config.quantization.layout.value}); leave it at none"
             )
         self._device, ops = _select_device(config.device)
+        kv_cache_dtype = _kv_cache_dtype(config.kv_cache_dtype, model_config, ops)
         self.batch_invariant = ops.batch_invariant
         if self._device.type == "cpu":
             _set_num_threads(config.num_threads)
@@ -109,7 +110,7 @@ class Runner:
                 beat=self._beat,
             )
             self._cache = _allocate_cache(
-                config, model_config, max_model_len, source.dtype, self._device
+                config, model_config, max_model_len, kv_cache_dtype or source.dtype, self._device
             )
         self._builder = BatchBuilder(
             config.block_size, config.max_num_tokens, max_rows, max_model_len, self._device
@@ -129,6 +130,7 @@ class Runner:
             num_blocks=self._cache.num_blocks,
             defaults=defaults,
             quantization=_quantization_of(model_config, config),
+            kv_cache_dtype=None if kv_cache_dtype is None else KvCacheDtype.FP8.value,
         )
         on_progress("warming up", 0.0)
         self._warm_up(min(32, config.max_num_tokens, max_model_len - 1))
@@ -221,6 +223,19 @@ def _select_device(wanted: Device) -> tuple[torch.device, Ops]:
         return torch.device("cpu"), select("cpu")
     except BackendUnavailable as error:
         raise ConfigError(f"device is cpu, but: {error}") from error
+
+
+def _kv_cache_dtype(wanted: KvCacheDtype, model: ModelConfig, ops: Ops) -> torch.dtype | None:
+    """What keys and values are stored as; None: as the weights are."""
+    if wanted is KvCacheDtype.FP8 and not isinstance(ops, Fp8Ops):
+        raise ConfigError(
+            f"kv_cache_dtype is fp8, but the kernels here ({ops.name}) have no 8-bit floats, for "
+            "which a GPU of compute capability 8.9 or more is needed; use auto"
+        )
+    stated = model.quantization is not None and model.quantization.fp8_kv_cache
+    if wanted is KvCacheDtype.AUTO and not (stated and isinstance(ops, Fp8Ops)):
+        return None
+    return E4M3
 
 
 def _set_num_threads(wanted: int | None) -> None:
