@@ -76,6 +76,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     quantization: Quantization = Quantization.NONE
     device: Device = Device.AUTO
     kv_cache_dtype: KvCacheDtype = KvCacheDtype.AUTO
+    batch_invariant: bool = False
+    """Kernels that give a request the same bits alone, in any batch and in any chunking. Those of a
+    CPU do so anyway; on a GPU it costs time."""
     max_model_len: int | None = None
     """Most tokens of prompt and answer together; None: what the checkpoint states."""
     kv_memory_bytes: int | None = None

@@ -75,7 +75,7 @@ class Runner:
                 f"quantization is {config.quantization.value}, but the weights of {directory} are "
                 f"quantised already ({model_config.quantization.layout.value}); leave it at none"
             )
-        self._device, ops = _select_device(config.device)
+        self._device, ops = _select_device(config.device, config.batch_invariant)
         kv_cache_dtype = _kv_cache_dtype(config.kv_cache_dtype, model_config, ops)
         self.batch_invariant = ops.batch_invariant
         if self._device.type == "cpu":
@@ -207,22 +207,34 @@ def _max_model_len(wanted: int | None, model: ModelConfig) -> int:
     return wanted
 
 
-def _select_device(wanted: Device) -> tuple[torch.device, Ops]:
+def _select_device(wanted: Device, batch_invariant: bool) -> tuple[torch.device, Ops]:
     """The device and its kernels; ``auto`` takes a GPU if both it and kernels for it are there."""
     if wanted is Device.CUDA and not torch.cuda.is_available():
         raise ConfigError(
             "device is cuda, but torch finds no GPU: use cpu, or install torch for CUDA"
         )
     if wanted is not Device.CPU and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
         try:
-            return torch.device("cuda", torch.cuda.current_device()), select("cuda")
+            return device, _select_ops(device, batch_invariant)
         except BackendUnavailable as error:
             if wanted is Device.CUDA:
                 raise ConfigError(f"device is cuda, but: {error}") from error
+    device = torch.device("cpu")
     try:
-        return torch.device("cpu"), select("cpu")
+        return device, _select_ops(device, batch_invariant)
     except BackendUnavailable as error:
         raise ConfigError(f"device is cpu, but: {error}") from error
+
+
+def _select_ops(device: torch.device, batch_invariant: bool) -> Ops:
+    ops = select(device.type, batch_invariant=batch_invariant)
+    if batch_invariant and not ops.batch_invariant:
+        raise ConfigError(
+            f"batch_invariant is set, but the kernels here ({ops.name}) give a request other bits "
+            "in another batch; on a CPU, a C++ compiler is needed for those that do not"
+        )
+    return ops
 
 
 def _kv_cache_dtype(wanted: KvCacheDtype, model: ModelConfig, ops: Ops) -> torch.dtype | None:

@@ -74,6 +74,10 @@ def serve(
         KvCacheDtypeName,
         _option("--kv-cache-dtype", "fp8 (a GPU) fits twice the tokens into the KV cache."),
     ] = KvCacheDtypeName.AUTO,
+    batch_invariant: Annotated[
+        bool,
+        _option("--batch-invariant", "The same bits in any batch, also on a GPU, at a price."),
+    ] = False,
     max_model_len: Annotated[
         int | None, _option("--max-model-len", "Most tokens of prompt and answer together.")
     ] = None,
@@ -151,6 +155,7 @@ def serve(
             quantization=Quantization(quantization.value),
             device=Device(device.value),
             kv_cache_dtype=KvCacheDtype(kv_cache_dtype.value),
+            batch_invariant=batch_invariant,
             max_model_len=max_model_len,
             kv_memory_bytes=None if kv_memory is None else parse_bytes(kv_memory),
             max_num_tokens=max_num_tokens,

@@ -88,6 +88,14 @@ class TestOptions:
         assert result.exit_code == 0, result.output
         self.check(*seen)
 
+    def test_flags(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[Any] = []
+        monkeypatch.setattr(server.cli.serve, "serve", _recorder(seen))
+        variables = {"MILLRACE_BATCH_INVARIANT": "1"}
+        for arguments, env in ((["--batch-invariant"], {}), ([], variables)):
+            assert CliRunner().invoke(app, ["serve", *arguments], env=env).exit_code == 0
+            assert seen[-1] == EngineConfig(batch_invariant=True)
+
     def test_defaults(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[Any] = []
         monkeypatch.setattr(server.cli.serve, "serve", _recorder(seen))
