@@ -85,7 +85,7 @@ def _try(server: LiveServer, worker: Worker, api: str, case: str) -> tuple[str, 
         server.assert_clean(printed)
         if case == "cancel" and verdict == "ok":
             after = server.idle_metrics()
-            ended = ENDED.format("chat" if api == "chat" else "responses")
+            ended = ENDED.format("responses" if api == "websocket" else api)
             for name in (ended, ABORTED):
                 assert after[name] == before.get(name, 0) + 1, f"{name} did not rise by one"
     except AssertionError as error:

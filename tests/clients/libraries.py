@@ -15,6 +15,7 @@ APIS = {
     "chat": "Chat Completions",
     "responses": "Responses",
     "websocket": "Responses, WebSocket",
+    "completions": "Completions",
     "messages": "Anthropic Messages",
 }
 CASES = {
@@ -55,14 +56,14 @@ class Library(NamedTuple):
 
 
 LIBRARIES = (
-    Library("openai (Python)", ("openai_sdk",), ("chat", "responses", "websocket")),
-    Library("openai (Node.js)", ("openai.mjs",), ("chat", "responses", "websocket")),
+    Library("openai (Python)", ("openai_sdk",), ("chat", "responses", "websocket", "completions")),
+    Library("openai (Node.js)", ("openai.mjs",), ("chat", "responses", "websocket", "completions")),
     Library("OpenAI Agents SDK", ("agents_sdk",), ("chat", "responses", "websocket")),
-    Library("LangChain", ("langchain",), ("chat", "responses")),
+    Library("LangChain", ("langchain",), ("chat", "responses", "completions")),
     Library("PydanticAI", ("pydantic_ai",), ("chat", "responses", "websocket")),
-    Library("LiteLLM", ("litellm",), ("chat", "responses")),
-    Library("Vercel AI SDK", ("ai.mjs", "openai"), ("chat", "responses")),
-    Library("Vercel AI SDK, compatible", ("ai.mjs", "openai-compatible"), ("chat",)),
+    Library("LiteLLM", ("litellm",), ("chat", "responses", "completions")),
+    Library("Vercel AI SDK", ("ai.mjs", "openai"), ("chat", "responses", "completions")),
+    Library("Vercel AI SDK, compatible", ("ai.mjs", "openai-compatible"), ("chat", "completions")),
     Library("anthropic (Python)", ("anthropic_sdk",), ("messages",)),
     Library("anthropic (Node.js)", ("anthropic.mjs",), ("messages",)),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tests.chaos.readme import README, between_marks
-from tests.clients.results import HEADINGS, kept, table
+from tests.clients.results import HEADINGS, kept, short_table
 
 __all__ = ["with_table"]
 
@@ -16,12 +16,10 @@ def with_table(text: str) -> str:
 
 
 def _lines() -> Iterator[str]:
-    yield f"| library | API | {' | '.join(HEADINGS)} |"
+    yield f"| library | APIs | {' | '.join(HEADINGS)} |"
     yield "|---" * (2 + len(HEADINGS)) + "|"
-    last = ""
-    for library, *cells in table(kept()):
-        yield f"| {library if library != last else ''} | {' | '.join(cells)} |"
-        last = library
+    for line in short_table(kept()):
+        yield f"| {' | '.join(line)} |"
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""What was seen: kept as CSV, and told in a table with one row for each library and API."""
+"""What was seen: kept as CSV, and told in tables."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from tests.clients.libraries import APIS, CASES, LIBRARIES
 
-__all__ = ["HEADINGS", "RESULTS", "Row", "keep", "kept", "table"]
+__all__ = ["HEADINGS", "RESULTS", "Row", "keep", "kept", "short_table", "table"]
 
 RESULTS = Path(__file__).parent / "results" / "clients.csv"
 FIELDS = ("date", "commit", "library", "version", "api", "case", "verdict", "note")
@@ -67,14 +68,24 @@ def keep(rows: Iterable[Row], path: Path = RESULTS) -> None:
 
 def table(rows: Sequence[Row]) -> Iterator[list[str]]:
     """Make one line of cells for each library and API: both names, then ``HEADINGS``."""
-    lines: dict[tuple[str, str, str], dict[str, str]] = {}
-    for row in rows:
-        line = lines.setdefault((row["library"], row["version"], row["api"]), {})
-        line[row["case"]] = row["verdict"]
-    for (library, version, api), verdicts in lines.items():
-        cells = [_cell(verdicts, cases) for cases in HEADINGS.values()]
-        yield [f"{library} {version}", APIS[api], *cells]
+    for (library, api), group in groupby(rows, lambda row: (_named(row), row["api"])):
+        yield [library, APIS[api], *_cells(list(group))]
 
 
-def _cell(verdicts: Mapping[str, str], cases: Sequence[str]) -> str:
-    return WORDS[min((verdicts.get(case, "none") for case in cases), key=[*WORDS].index)]
+def short_table(rows: Sequence[Row]) -> Iterator[list[str]]:
+    """Make one line of cells for each library, of all its APIs together."""
+    for library, group in groupby(rows, _named):
+        seen = list(group)
+        apis = dict.fromkeys(APIS[row["api"]] for row in seen)
+        yield [library, "; ".join(apis), *_cells(seen)]
+
+
+def _named(row: Row) -> str:
+    return f"{row['library']} {row['version']}"
+
+
+def _cells(rows: Sequence[Row]) -> Iterator[str]:
+    """Say for each heading the worst of its cases."""
+    for cases in HEADINGS.values():
+        verdicts = [row["verdict"] for row in rows if row["case"] in cases]
+        yield WORDS[min(verdicts, key=[*WORDS].index, default="none")]

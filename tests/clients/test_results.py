@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.clients.libraries import APIS, CASES, LIBRARIES
-from tests.clients.results import HEADINGS, WORDS, Row, keep, kept, table
+from tests.clients.results import HEADINGS, WORDS, Row, keep, kept, short_table, table
 
 
 def row(library: str, case: str, verdict: str, api: str = "chat", version: str = "1") -> Row:
@@ -32,6 +32,10 @@ def test_a_column_says_the_worst_of_its_cases() -> None:
     assert (chat["tools"], chat["JSON Schema"], chat["errors"]) == ("FAILS", "refused", "yes")
     assert chat["stream"] == responses["tools"] == ""
     assert responses["stream"] == "yes"
+    [[library, apis, *cells]] = short_table(rows)
+    assert (library, apis) == ("LangChain 1", "Chat Completions; Responses")
+    together = dict(zip(HEADINGS, cells, strict=True))
+    assert (together["stream"], together["tools"], together["answer"]) == ("yes", "FAILS", "")
 
 
 def test_a_librarys_rows_replace_its_old_ones_only(tmp_path: Path) -> None:

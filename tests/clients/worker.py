@@ -21,7 +21,6 @@ _QUIET = {
     # The libraries would ask the network for prices and send traces to it.
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "OPENAI_AGENTS_DISABLE_TRACING": "1",
-    "AI_SDK_LOG_WARNINGS": "false",
 }
 
 

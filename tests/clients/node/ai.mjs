@@ -102,6 +102,11 @@ function cases(target, connect, endless) {
   };
 }
 
+/** Leave out what the library itself does not do through Completions. */
+function ofText({ tools, tools_stream, json, json_by_call, ...rest }) {
+  return rest;
+}
+
 /** Ask this server for an answer without an end; @ai-sdk/openai sends only fields it knows. */
 function withoutEnd(url, init) {
   const body = JSON.parse(init.body);
@@ -114,13 +119,15 @@ function openai(target, api) {
 }
 
 const KINDS = {
-  "openai-compatible": (target) => ({
-    chat: cases(
-      target,
-      (apiKey) => createOpenAICompatible({ name: "millrace", baseURL: target.url, apiKey }),
-      { providerOptions: { millrace: { ignore_eos: true } } },
-    ),
-  }),
+  "openai-compatible": (target) => {
+    const provider = (apiKey) =>
+      createOpenAICompatible({ name: "millrace", baseURL: target.url, apiKey });
+    const endless = { providerOptions: { millrace: { ignore_eos: true } } };
+    return {
+      chat: cases(target, provider, endless),
+      completions: ofText(cases(target, (key) => provider(key).completionModel, endless)),
+    };
+  },
   openai: (target) => {
     const responses = cases(target, openai(target, "responses"), {
       providerOptions: { openai: { store: false } },
@@ -137,7 +144,8 @@ const KINDS = {
       });
       assert.ok(second.usage.inputTokens > first.usage.totalTokens);
     };
-    return { chat: cases(target, openai(target, "chat"), {}), responses };
+    const chat = cases(target, openai(target, "chat"), {});
+    return { chat, responses, completions: ofText(cases(target, openai(target, "completion"), {})) };
   },
 };
 

@@ -7,6 +7,7 @@ import { zodFunction, zodResponseFormat, zodTextFormat } from "openai/helpers/zo
 import { z } from "zod";
 import {
   ANSWER,
+  BEGINNING,
   CALCULATOR,
   HELLO,
   Refused,
@@ -297,8 +298,40 @@ function websocket(target) {
   };
 }
 
+function completions(target) {
+  const client = connect(target, target.key);
+  const body = (prompt, more) => {
+    return { model: target.model, prompt, temperature: 0, max_tokens: 24, ...more };
+  };
+  const ask = (prompt, more) => client.completions.create(body(prompt, more));
+
+  return {
+    ...errors(target, (key, model, prompt) =>
+      connect(target, key).completions.create(body(prompt, { model })),
+    ),
+    async chat() {
+      const whole = await ask(BEGINNING);
+      assert.ok(whole.choices[0].text);
+      assert.ok(whole.usage.total_tokens > whole.usage.completion_tokens);
+    },
+    async stream() {
+      const pieces = [];
+      for await (const chunk of await ask(BEGINNING, { stream: true })) {
+        pieces.push(chunk.choices[0].text);
+      }
+      assert.ok(pieces.length > 1);
+      assert.equal(pieces.join(""), (await ask(BEGINNING)).choices[0].text);
+    },
+    async cancel() {
+      const stream = await ask(BEGINNING, { stream: true, max_tokens: 3000, ignore_eos: true });
+      for await (const chunk of stream) if (chunk.choices[0].text) break;
+    },
+  };
+}
+
 await serve("openai", (target) => ({
   chat: chat(target),
   responses: responses(target),
   websocket: websocket(target),
+  completions: completions(target),
 }));

@@ -6,6 +6,7 @@ import { createInterface } from "node:readline";
 
 export const HELLO = "Hello, how are you?";
 export const STORY = "Tell me about the weather.";
+export const BEGINNING = "Once upon a time";
 export const SUM = "What is 17 % of 2,340?";
 export const ANSWER = "397.8";
 export const TOO_LONG = "word ".repeat(6000);

@@ -7,10 +7,11 @@ from typing import Any
 import openai
 from langchain_core.messages import HumanMessage
 from langchain_core.tools import StructuredTool
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAI
 
 from tests.clients.python.worker import (
     ANSWER,
+    BEGINNING,
     HELLO,
     STORY,
     SUM,
@@ -120,8 +121,57 @@ class Responses(Chat):
         assert second.usage_metadata["input_tokens"] > first.usage_metadata["total_tokens"]
 
 
+class Completions:
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def model(self, **more: Any) -> Any:
+        asked: dict[str, Any] = {
+            "base_url": self.target.url,
+            "api_key": self.target.key,
+            "model": self.target.model,
+            "temperature": 0,
+            "max_tokens": 24,
+            "max_retries": 0,
+        }
+        return OpenAI(**asked | more)
+
+    def chat(self) -> None:
+        assert self.model().invoke(BEGINNING)
+
+    def stream(self) -> None:
+        pieces = [piece for piece in self.model().stream(BEGINNING) if piece]
+        assert len(pieces) > 1
+        assert "".join(pieces) == self.model().invoke(BEGINNING)
+
+    async def bad_model(self) -> str:
+        error = await raised(openai.NotFoundError, lambda: self.model(model="x").invoke(HELLO))
+        return f"NotFoundError {error.status_code}"
+
+    async def bad_key(self) -> str:
+        error = await raised(
+            openai.AuthenticationError, lambda: self.model(api_key="wrong").invoke(HELLO)
+        )
+        return f"AuthenticationError {error.status_code}"
+
+    async def too_long(self) -> str:
+        error = await raised(openai.BadRequestError, lambda: self.model().invoke(TOO_LONG))
+        assert error.code == "context_length_exceeded"
+        return f"BadRequestError {error.status_code}, {error.code}"
+
+    def cancel(self) -> None:
+        endless = {"max_tokens": 3000, "extra_body": {"ignore_eos": True}}
+        stream = self.model(**endless).stream(BEGINNING)
+        next(piece for piece in stream if piece)
+        stream.close()
+
+
 if __name__ == "__main__":
     serve(
         "langchain-openai",
-        lambda target: {"chat": Chat(target), "responses": Responses(target)},
+        lambda target: {
+            "chat": Chat(target),
+            "responses": Responses(target),
+            "completions": Completions(target),
+        },
     )

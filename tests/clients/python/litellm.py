@@ -10,6 +10,7 @@ import litellm
 
 from tests.clients.python.worker import (
     ANSWER,
+    BEGINNING,
     CALCULATOR,
     CHAT_TOOLS,
     HELLO,
@@ -27,6 +28,7 @@ from tests.clients.python.worker import (
 
 
 class _Calls:
+    PROVIDER = "openai"
     REFUSED = ""
 
     def __init__(self, target: Target) -> None:
@@ -36,7 +38,9 @@ class _Calls:
         raise NotImplementedError
 
     async def bad_model(self) -> str:
-        error = await raised(litellm.NotFoundError, lambda: self.ask(HELLO, model="openai/gpt-9"))
+        error = await raised(
+            litellm.NotFoundError, lambda: self.ask(HELLO, model=f"{self.PROVIDER}/gpt-9")
+        )
         return f"NotFoundError {error.status_code}"
 
     async def bad_key(self) -> str:
@@ -61,7 +65,7 @@ class Chat(_Calls):
     def ask(self, text: Any, **more: Any) -> Any:
         messages = text if isinstance(text, list) else [{"role": "user", "content": text}]
         asked = {
-            "model": f"openai/{self.target.model}",
+            "model": f"{self.PROVIDER}/{self.target.model}",
             "api_base": self.target.url,
             "api_key": self.target.key,
             "temperature": 0,
@@ -124,7 +128,7 @@ class Responses(_Calls):
 
     def ask(self, text: Any, **more: Any) -> Any:
         asked = {
-            "model": f"openai/{self.target.model}",
+            "model": f"{self.PROVIDER}/{self.target.model}",
             "api_base": self.target.url,
             "api_key": self.target.key,
             "temperature": 0,
@@ -206,8 +210,41 @@ class Responses(_Calls):
         assert [e.sequence_number for e in rest] == [e.sequence_number for e in whole[6:]]
 
 
+class Completions(_Calls):
+    PROVIDER = "text-completion-openai"
+
+    def ask(self, text: Any, **more: Any) -> Any:
+        asked = {
+            "model": f"{self.PROVIDER}/{self.target.model}",
+            "api_base": self.target.url,
+            "api_key": self.target.key,
+            "temperature": 0,
+            "max_tokens": 24,
+            "max_retries": 0,
+        }
+        return litellm.text_completion(prompt=text, **asked | more)
+
+    def chat(self) -> None:
+        answer = self.ask(BEGINNING)
+        assert answer.choices[0].text
+        assert answer.usage.total_tokens > answer.usage.completion_tokens > 0
+
+    def stream(self) -> None:
+        chunks = self.ask(BEGINNING, stream=True)
+        pieces = [chunk.choices[0].text for chunk in chunks if chunk.choices[0].text]
+        assert len(pieces) > 1
+        assert "".join(pieces) == self.ask(BEGINNING).choices[0].text
+
+
 if __name__ == "__main__":
     # Models that LiteLLM has no entry for get streams that are cut from a whole response.
     known = {"litellm_provider": "openai", "mode": "chat", "supports_native_streaming": True}
     litellm.register_model({f"openai/{sys.argv[3]}": known})
-    serve("litellm", lambda target: {"chat": Chat(target), "responses": Responses(target)})
+    serve(
+        "litellm",
+        lambda target: {
+            "chat": Chat(target),
+            "responses": Responses(target),
+            "completions": Completions(target),
+        },
+    )

@@ -10,6 +10,7 @@ from openai import OpenAI
 
 from tests.clients.python.worker import (
     ANSWER,
+    BEGINNING,
     CALCULATOR,
     CHAT_TOOLS,
     HELLO,
@@ -310,6 +311,31 @@ class Socket(_Client):
         assert second.previous_response_id == first.id
 
 
+class Completions(_Client):
+    def ask(self, client: OpenAI, model: str, text: str, **more: Any) -> Any:
+        return client.completions.create(
+            model=model, prompt=text, **{"temperature": 0, "max_tokens": 24} | more
+        )
+
+    def chat(self) -> None:
+        answer = self.ask(self.client, self.target.model, BEGINNING)
+        assert answer.choices[0].text
+        assert answer.usage.total_tokens > answer.usage.completion_tokens > 0
+
+    def stream(self) -> None:
+        chunks = self.ask(self.client, self.target.model, BEGINNING, stream=True)
+        pieces = [chunk.choices[0].text for chunk in chunks]
+        assert len(pieces) > 1
+        whole = self.ask(self.client, self.target.model, BEGINNING)
+        assert "".join(pieces) == whole.choices[0].text
+
+    def cancel(self) -> None:
+        endless = {"max_tokens": 3000, "extra_body": {"ignore_eos": True}}
+        stream = self.ask(self.client, self.target.model, BEGINNING, stream=True, **endless)
+        next(chunk for chunk in stream if chunk.choices[0].text)
+        stream.close()
+
+
 if __name__ == "__main__":
     serve(
         "openai",
@@ -317,5 +343,6 @@ if __name__ == "__main__":
             "chat": Chat(target),
             "responses": Responses(target),
             "websocket": Socket(target),
+            "completions": Completions(target),
         },
     )

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 __all__ = [
     "ANSWER",
+    "BEGINNING",
     "CALCULATOR",
     "CHAT_TOOLS",
     "HELLO",
@@ -40,6 +41,7 @@ __all__ = [
 
 HELLO = "Hello, how are you?"
 STORY = "Tell me about the weather."
+BEGINNING = "Once upon a time"
 SUM = "What is 17 % of 2,340?"
 ANSWER = "397.8"
 TOO_LONG = "word " * 6000
