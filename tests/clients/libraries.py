@@ -14,7 +14,7 @@ PYTHON = ROOT / "build/clients/venv/bin/python"
 APIS = {
     "chat": "Chat Completions",
     "responses": "Responses",
-    "websocket": "Responses, WebSocket",
+    "websocket": "Responses over WebSocket",
     "completions": "Completions",
     "messages": "Anthropic Messages",
 }
@@ -59,7 +59,7 @@ LIBRARIES = (
     Library("openai (Python)", ("openai_sdk",), ("chat", "responses", "websocket", "completions")),
     Library("openai (Node.js)", ("openai.mjs",), ("chat", "responses", "websocket", "completions")),
     Library("OpenAI Agents SDK", ("agents_sdk",), ("chat", "responses", "websocket")),
-    Library("LangChain", ("langchain",), ("chat", "responses", "completions")),
+    Library("LangChain (langchain-openai)", ("langchain",), ("chat", "responses", "completions")),
     Library("PydanticAI", ("pydantic_ai",), ("chat", "responses", "websocket")),
     Library("LiteLLM", ("litellm",), ("chat", "responses", "completions")),
     Library("Vercel AI SDK", ("ai.mjs", "openai"), ("chat", "responses", "completions")),

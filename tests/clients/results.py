@@ -77,7 +77,7 @@ def short_table(rows: Sequence[Row]) -> Iterator[list[str]]:
     for library, group in groupby(rows, _named):
         seen = list(group)
         apis = dict.fromkeys(APIS[row["api"]] for row in seen)
-        yield [library, "; ".join(apis), *_cells(seen)]
+        yield [library, ", ".join(apis), *_cells(seen)]
 
 
 def _named(row: Row) -> str:

@@ -22,18 +22,18 @@ def row(library: str, case: str, verdict: str, api: str = "chat", version: str =
 
 def test_a_column_says_the_worst_of_its_cases() -> None:
     rows = [
-        row("LangChain", "tools", "ok"),
-        row("LangChain", "tools_stream", "fail"),
-        row("LangChain", "json", "refused"),
-        row("LangChain", "bad_key", "ok"),
-        row("LangChain", "stream", "ok", api="responses"),
+        row("PydanticAI", "tools", "ok"),
+        row("PydanticAI", "tools_stream", "fail"),
+        row("PydanticAI", "json", "refused"),
+        row("PydanticAI", "bad_key", "ok"),
+        row("PydanticAI", "stream", "ok", api="responses"),
     ]
     chat, responses = (dict(zip(HEADINGS, line[2:], strict=True)) for line in table(rows))
     assert (chat["tools"], chat["JSON Schema"], chat["errors"]) == ("FAILS", "refused", "yes")
     assert chat["stream"] == responses["tools"] == ""
     assert responses["stream"] == "yes"
     [[library, apis, *cells]] = short_table(rows)
-    assert (library, apis) == ("LangChain 1", "Chat Completions; Responses")
+    assert (library, apis) == ("PydanticAI 1", "Chat Completions, Responses")
     together = dict(zip(HEADINGS, cells, strict=True))
     assert (together["stream"], together["tools"], together["answer"]) == ("yes", "FAILS", "")
 
