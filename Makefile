@@ -1,6 +1,6 @@
 # Everything a person needs is a target here; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check bench chaos page pebble evaluate system-packages clean
+.PHONY: help setup serve test check bench chaos clients page pebble evaluate system-packages clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -18,6 +18,7 @@ help:
 	@echo "make page     build the chat page (Node.js 20 or newer)"
 	@echo "make bench    the benchmark tables (quiet machine; BENCH=engine|serve for one)"
 	@echo "make chaos    harm real servers for long and print the reliability table (SEED; COUNT for short; needs Redis)"
+	@echo "make clients  try the client libraries (openai, LangChain, PydanticAI, …) and print what works (needs Node.js)"
 	@echo "make pebble   train the bundled model anew (DATA=folder of packed text, MINUTES=90)"
 	@echo "make evaluate the tables of the model card (DATA=the same folder, MODEL, CARD=file to update)"
 
@@ -87,6 +88,15 @@ chaos: $(DEV) system-packages
 	$(BIN)/python -m tests.engine.scheduler_runs --seed $(SEED) --count $(or $(COUNT),100000) || status=1; \
 	exit $$status
 
+build/clients/.installed: tests/clients/requirements.txt tests/clients/node/package-lock.json
+	$(PYTHON) -m venv build/clients/venv
+	build/clients/venv/bin/pip install --quiet --disable-pip-version-check -r tests/clients/requirements.txt
+	cd tests/clients/node && npm ci --no-audit --no-fund --loglevel=error
+	@touch $@
+
+clients: $(DEV) build/clients/.installed
+	$(BIN)/python -m tests.clients
+
 MINUTES ?= 90
 pebble: $(DEV)
 	@test -n "$(DATA)" || { echo "Say where the training text lies: make pebble DATA=folder"; exit 2; }
@@ -98,4 +108,4 @@ evaluate: $(DEV)
 		--out build/evaluation/report.json $(if $(CARD),--card $(CARD))
 
 clean:
-	rm -rf $(VENV) build web/dist web/node_modules
+	rm -rf $(VENV) build web/dist web/node_modules tests/clients/node/node_modules

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from engine.errors import RequestError
@@ -15,6 +16,8 @@ __all__ = ["Channel", "Core", "Forward", "StepFailed", "is_lack_of_memory"]
 
 _PROMPT_STEPS = 2
 """An abort whose blocks were free after no more steps came in time."""
+_LONG_STEP = 16
+"""Tokens from which a step is worth looking up from: fewer end soon anyway."""
 _KEPT_ENDS = 64
 """Steps over which an abort can be traced back; a longer way counts as so many."""
 
@@ -34,9 +37,16 @@ class Channel(Protocol):
 class Forward(Protocol):
     """What turns a plan into tokens."""
 
-    def step(self, plan: Plan) -> StepOutput:
-        """Compute the plan's rows and draw a token for those that sample."""
+    def step(self, plan: Plan, between: Callable[[], None]) -> StepOutput:
+        """Compute the plan's rows and draw a token for those that sample.
+
+        ``between`` is called now and then; when it raises, the step is left as not computed.
+        """
         ...
+
+
+class _GivesWay(Exception):
+    """The running step is dropped for a request that came meanwhile."""
 
 
 class StepFailed(Exception):
@@ -54,6 +64,10 @@ def is_lack_of_memory(error: BaseException | None) -> bool:
     names = [kind.__name__ for kind in type(error).__mro__]
     typed = "MemoryError" in names or "OutOfMemoryError" in names
     return typed or "can't allocate memory" in str(error)
+
+
+def _go_on() -> None:
+    pass
 
 
 class Core:
@@ -74,6 +88,7 @@ class Core:
         self._vocab_size = vocab_size
         self._check_integrity = check_integrity
         self._steps = 0
+        self._dropped_steps = 0
         self._step_s = 0.0
         self._busy_s = 0.0
         self._step_ends_s: deque[float] = deque(maxlen=_KEPT_ENDS)
@@ -88,21 +103,32 @@ class Core:
 
     def turn(self) -> None:
         """Do one round: take what has come, compute one step, hand out what it brought."""
-        deltas = self._receive()
+        deltas = self._receive(0.0 if self._scheduler.has_work else HEARTBEAT_S)
         started = time.monotonic()
         plan = self._scheduler.plan()
         if plan.rows:
-            output = self._compute(plan)
-            deltas += self._scheduler.commit(plan, output)
-            self._count_step(started)
+            try:
+                output = self._compute(plan, deltas)
+            except _GivesWay:
+                self._dropped_steps += 1
+            else:
+                deltas += self._scheduler.commit(plan, output)
+                self._count_step(started)
         elif self._check_integrity and not self._scheduler.has_work:
             self._scheduler.check_integrity()
         self._link.send(Step(deltas, self.stats()))
 
-    def _compute(self, plan: Plan) -> StepOutput:
+    def _compute(self, plan: Plan, deltas: list[Delta]) -> StepOutput:
+        def look_up() -> None:
+            # What is aborted here frees blocks that the step may still write to, but nobody is
+            # given them before the next plan.
+            deltas.extend(self._receive(0.0))
+            if self._scheduler.gives_way():
+                raise _GivesWay
+
         try:
-            return self._runner.step(plan)
-        except LinkClosed:  # the server went away in the middle of it
+            return self._runner.step(plan, look_up if plan.num_tokens >= _LONG_STEP else _go_on)
+        except (LinkClosed, _GivesWay):  # LinkClosed: the server went away in the middle of it
             raise
         except Exception as error:
             # Which of its requests is to blame is not known here, nor what the failed step left
@@ -115,6 +141,7 @@ class Core:
         return EngineStats(
             **self._scheduler.stats(),
             steps=self._steps,
+            dropped_steps=self._dropped_steps,
             step_s=self._step_s,
             busy_s=self._busy_s,
             aborts=self._aborts,
@@ -122,10 +149,9 @@ class Core:
             late_aborts=self._late_aborts,
         )
 
-    def _receive(self) -> list[Delta]:
-        """Apply incoming messages; wait for them only when there is nothing to compute."""
+    def _receive(self, timeout_s: float) -> list[Delta]:
+        """Apply incoming messages, waiting up to ``timeout_s`` for the first of them."""
         deltas = []
-        timeout_s = 0.0 if self._scheduler.has_work else HEARTBEAT_S
         for message in self._link.receive(timeout_s):
             match message:
                 case Submit(request):

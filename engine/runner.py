@@ -40,6 +40,10 @@ _TORCH_DTYPES = {
 }
 
 
+def _nothing() -> None:
+    pass
+
+
 class Runner:
     """Loads a model, sizes its KV cache, and computes steps.
 
@@ -60,6 +64,7 @@ class Runner:
         pulse: Pulse | None = None,
     ) -> None:
         self._pulse = Pulse() if pulse is None else pulse
+        self._between = _nothing
         directory = resolve_model(config.model, on_progress)
         model_config = read_model_config(directory)
         defaults = read_sampling_defaults(directory)
@@ -102,7 +107,7 @@ class Runner:
                 max_rows,
                 act,
                 self._device,
-                beat=self._pulse.beat,
+                beat=self._beat,
             )
             self._cache = _allocate_cache(
                 config, model_config, max_model_len, kv_cache_dtype or source.dtype, self._device
@@ -132,10 +137,16 @@ class Runner:
         on_progress("ready", 1.0)
 
     @torch.inference_mode()
-    def step(self, plan: Plan) -> StepOutput:
-        """Compute the plan's rows and draw a token for those that sample."""
+    def step(self, plan: Plan, between: Callable[[], None] = _nothing) -> StepOutput:
+        """Compute the plan's rows and draw a token for those that sample.
+
+        ``between`` is called after each half of a layer and may raise: then the step was not
+        computed, and what it wrote to blocks is written again by whatever step computes these
+        positions.
+        """
         if not plan.rows:
             return StepOutput([], [], {})
+        self._between = between
         self._pulse.begin(plan.num_tokens)
         batch = self._builder.build(plan)
         self._sampler.enter(batch)
@@ -147,6 +158,10 @@ class Runner:
             batch, lambda start, end: self._logits(hidden, start, end), len(self._work.logits)
         )
         return StepOutput(token_ids, logprobs, prompt_logprobs)
+
+    def _beat(self) -> None:
+        self._pulse.beat()
+        self._between()
 
     def _logits(self, hidden: torch.Tensor, start: int, end: int) -> torch.Tensor:
         """Logits ``[end - start, V]`` of these output rows, valid until the next call."""

@@ -99,8 +99,9 @@ def _check(ids: list[int], info: ModelInfo, param: str) -> None:
         raise invalid("The prompt is empty; it must have at least one token.", param=param)
     if len(ids) >= info.max_model_len:
         raise invalid(
-            f"The prompt has {len(ids)} tokens, but this model's context is "
-            f"{info.max_model_len} tokens, of which at least one is for the answer.",
+            # LangChain, LiteLLM and others know this error by these words, not by its code.
+            f"The prompt is too long: it has {len(ids)} tokens, but this model's maximum context "
+            f"length is {info.max_model_len} tokens, of which at least one is for the answer.",
             param=param,
             code="context_length_exceeded",
         )

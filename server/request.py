@@ -75,9 +75,12 @@ class ToolOptions(msgspec.Struct, frozen=True, kw_only=True):
         """What the answer is made to begin with, so that it is a call."""
         if not self.active or self.choice != "required":
             return ""
-        if self.name is None:
+        name = self.name
+        if name is None and len(self.functions) == 1:
+            name = self.functions[0]["function"]["name"]
+        if name is None:
             return "<tool_call>"
-        return f'<tool_call>\n{{"name": "{self.name}", "arguments":'
+        return f'<tool_call>\n{{"name": "{name}", "arguments":'
 
 
 class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):

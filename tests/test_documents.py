@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import tests.clients.readme
 from tests.chaos.readme import README, with_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,10 +55,12 @@ def test_every_make_target_in_the_readme_exists() -> None:
 def test_the_readme_has_the_kept_results() -> None:
     text = README.read_text(encoding="utf-8")
     assert with_tables(text) == text
+    assert tests.clients.readme.with_table(text) == text
 
 
 def test_lock_files_name_no_registry() -> None:
-    for lock in (*ROOT.glob("**/package-lock.json"), ROOT / "constraints.txt"):
+    pinned = (ROOT / "constraints.txt", ROOT / "tests/clients/requirements.txt")
+    for lock in (*ROOT.glob("**/package-lock.json"), *pinned):
         if "node_modules" not in lock.parts:
             text = lock.read_text(encoding="utf-8")
             assert '"resolved"' not in text

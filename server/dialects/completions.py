@@ -192,8 +192,8 @@ def _filled(prompt: _Prompt, path: str) -> _Prompt:
 def _ids(values: list[Any], path: str, model: ModelInfo) -> list[int]:
     if len(values) >= model.max_model_len:
         raise invalid(
-            f"'{path}' has {len(values)} tokens; the model's context holds {model.max_model_len}, "
-            f"prompt and answer together.",
+            f"The prompt is too long: '{path}' has {len(values)} tokens, but this model's maximum "
+            f"context length is {model.max_model_len} tokens, prompt and answer together.",
             param=path,
             code="context_length_exceeded",
         )

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tests.chaos.report import RESULTS
 from tests.chaos.scenarios import SCENARIOS
 
-__all__ = ["README", "with_tables"]
+__all__ = ["README", "between_marks", "with_tables"]
 
 README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- reliability:begin -->", "<!-- reliability:end -->"
+
+
+def between_marks(text: str, name: str, lines: Iterable[str]) -> str:
+    """Return a document with other lines between its marks of a name."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n" + "\n".join(lines) + f"\n{end}{after}"
 
 
 def with_tables(text: str) -> str:
     """Return the README's text with the tables of the kept results between its marks."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    lines = [*_reliability(), "", *_fuzz(), *_scheduler()]
-    return f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{after}"
+    return between_marks(text, "reliability", [*_reliability(), "", *_fuzz(), *_scheduler()])
 
 
 def _rows(name: str) -> list[dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -56,7 +57,7 @@ class CountingRunner:
     def __init__(self) -> None:
         self.plans = 0
 
-    def step(self, plan: Plan) -> StepOutput:
+    def step(self, plan: Plan, between: Callable[[], None] = lambda: None) -> StepOutput:
         self.plans += 1
         ids = [row.state.token_ids[-1] + 1 for row in plan.rows if row.samples]
         return StepOutput(ids, [None] * len(ids), {})
@@ -150,7 +151,7 @@ def test_known_output_is_continued_or_found_complete() -> None:
 )
 def test_a_step_that_fails_ends_the_loop_and_says_why(cause: Exception, is_memory: bool) -> None:
     class Failing(CountingRunner):
-        def step(self, plan: Plan) -> StepOutput:
+        def step(self, plan: Plan, between: Callable[[], None] = lambda: None) -> StepOutput:
             raise cause
 
     link = ScriptedLink([submit("a", [10, 11], 3), submit("b", [20], 2)], [])
@@ -168,16 +169,33 @@ def test_an_abort_is_answered_in_the_same_round() -> None:
     assert link.sent[-1].stats.free_blocks == 32
 
 
+def test_a_step_is_dropped_for_a_newcomer_and_computed_later() -> None:
+    class LooksUp(CountingRunner):
+        def step(self, plan: Plan, between: Callable[[], None] = lambda: None) -> StepOutput:
+            between()
+            return super().step(plan, between)
+
+    crowd: list[ToEngine] = [submit(f"a{n}", [10] * (2 + 2 * (n == 0)), 2) for n in range(7)]
+    newcomer = msgspec.structs.replace(submit("b", [50], 1).request, tenant="other")
+    link = ScriptedLink(crowd, [Submit(newcomer)], [], [], [], [])
+    run(link, LooksUp())
+    named = [[delta.request_id for delta in step.deltas] for step in link.sent]
+    everyone = [f"a{n}" for n in range(7)]
+    assert named == [[], ["b"], everyone, everyone]
+    assert link.sent[-1].stats.dropped_steps == 1
+    assert [delta.token_ids for delta in link.deltas("a0")] == [[11], [12]]
+
+
 @pytest.mark.parametrize("at_plan", [1, 2, 3, 7])
 def test_an_abort_frees_its_blocks_within_two_steps(at_plan: int) -> None:
     """It comes while a step is computed in which its request has a row: as late as may be."""
     held: dict[int, int] = {}
 
     class Interrupted(CountingRunner):
-        def step(self, plan: Plan) -> StepOutput:
+        def step(self, plan: Plan, between: Callable[[], None] = lambda: None) -> StepOutput:
             if self.plans + 1 == at_plan:
                 link.rounds[0].append(Abort("a", time.monotonic()))
-            output = super().step(plan)
+            output = super().step(plan, between)
             held[self.plans] = len({block for row in plan.rows for block in row.state.block_ids[0]})
             return output
 

@@ -198,7 +198,7 @@ async def test_a_required_call_is_required_once() -> None:
         body = await respond(edge, tool_choice=CALCULATOR)
         assert body["tool_choice"] == CALCULATOR
     async with serving(play(CALL.removeprefix("<tool_call>"), ANSWER)) as edge:
-        body = await respond(edge, tool_choice="required")
+        body = await respond(edge, tools=[CALCULATOR, CLOCK], tool_choice="required")
         first, second = edge.engine.requests
         assert prompt_text(first).endswith("<tool_call>")
         assert not prompt_text(second).endswith("<tool_call>")

@@ -220,22 +220,16 @@ async def test_one_call_at_a_time() -> None:
         assert edge.engine.aborted == [edge.engine.requests[0].request_id]
 
 
-@pytest.mark.parametrize(
-    ("choice", "opening", "rest"),
-    [
-        ("required", "<tool_call>", f'\n{{"name": "get_weather", "arguments": {ROME}}}'),
-        (
-            {"type": "function", "function": {"name": "get_weather"}},
-            '<tool_call>\n{"name": "get_weather", "arguments":',
-            f" {ROME}}}",
-        ),
-    ],
-)
-async def test_a_call_that_must_be_made_is_begun_for_the_model(
-    choice: Any, opening: str, rest: str
-) -> None:
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": WEATHER}])
+@pytest.mark.parametrize("num_tools", [1, 2])
+async def test_a_call_that_must_be_made_is_begun_for_the_model(choice: Any, num_tools: int) -> None:
+    tools = [CHAT_TOOL, {"type": "function", "function": {"name": "get_time"}}][:num_tools]
+    opening, rest = '<tool_call>\n{"name": "get_weather", "arguments":', f" {ROME}}}"
+    if choice == "required" and num_tools > 1:
+        # Which one is the model's choice.
+        opening, rest = "<tool_call>", f'\n{{"name": "get_weather", "arguments": {ROME}}}'
     async with serving(engine(f"{rest}\n</tool_call>")) as edge:
-        [answer] = (await chat(edge, tool_choice=choice))["choices"]
+        [answer] = (await chat(edge, tools=tools, tool_choice=choice))["choices"]
         assert prompt_text(edge.engine.requests[0]).endswith(f"Oslo?\n{opening}")
         assert names_and_arguments(answer["message"]) == [("get_weather", ROME)]
         assert answer["message"]["content"] is None

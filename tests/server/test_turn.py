@@ -345,7 +345,12 @@ async def test_detach(make: Any, on_disconnect: str, ends_as: type[Event]) -> No
     ("prompt", "fields", "code", "says"),
     [
         ("", {}, None, "at least one token"),
-        ("x" * 64, {}, "context_length_exceeded", "64 tokens.*64 tokens"),
+        (
+            "x" * 64,
+            {},
+            "context_length_exceeded",
+            "too long.*64 tokens.*context length is 64 tokens",
+        ),
         ("x" * 9000, {}, "context_length_exceeded", "9000 tokens"),
         ([1, 9999], {}, "invalid_token_id", "9999"),
         ([-1], {}, "invalid_token_id", "-1"),
