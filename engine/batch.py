@@ -52,6 +52,8 @@ class Batch(NamedTuple):
     prompt_rows: list[PromptRows]
     entered: list[tuple[int, RequestState]]
     """Row slots that have a new owner, for whoever keeps something by slot."""
+    most_new: int | None = None
+    """No request has more new tokens than this; None: nobody knows."""
 
     @property
     def num_samples(self) -> int:
@@ -158,6 +160,7 @@ class BatchBuilder:
             sampler_slots=row_slots[picked],
             prompt_rows=prompt_rows,
             entered=entered,
+            most_new=int(counts.max()),
         )
 
     def _columns(self, rows: list[Row]) -> _Columns:

@@ -16,7 +16,7 @@ import torch
 from engine.batch import Batch, PromptRows
 from engine.steps import RequestState
 from engine.types import SamplingParams, TokenLogprobs
-from kernels import Ops
+from kernels import GREEDY, Draws, Ops
 
 __all__ = ["Sampler"]
 
@@ -213,13 +213,15 @@ class Sampler:
             zeros = self._zeros[:size]
             self._ops.sample(
                 out, logits, temperature[:size], self._zero_top_k[:size], top_p[:size],
-                min_p[:size], zeros, zeros,
+                min_p[:size], zeros, zeros, GREEDY,
             )  # fmt: skip
             return out.tolist()
+        counts = self._top_k[slots]
+        asked = Draws(top_k=bool(counts.any()), top_p=bool((floats[1] < 1).any()))
         temperature, top_p, min_p, *_ = self._to_device(floats)
-        top_k, seeds = self._to_device(self._top_k[slots]), self._to_device(self._seeds[slots])
+        top_k, seeds = self._to_device(counts), self._to_device(self._seeds[slots])
         positions = self._to_device(np.array([row.start + row.num_new for row in batch.samplers]))
-        self._ops.sample(out, logits, temperature, top_k, top_p, min_p, seeds, positions)
+        self._ops.sample(out, logits, temperature, top_k, top_p, min_p, seeds, positions, asked)
         return out.tolist()
 
     def _keep_raw(

@@ -156,6 +156,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """From ``generation_config.json``; for requests that do not say."""
     quantization: str | None = None
     """How the weights are quantised, by the checkpoint or at loading; None: they are not."""
+    kv_cache_dtype: str | None = None
+    """What keys and values are stored as where that is not ``dtype``: ``fp8``."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

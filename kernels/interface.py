@@ -25,14 +25,22 @@ is ``>= S`` are ignored; padded sampling rows may hold any logits, NaN included.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 if TYPE_CHECKING:
     from kernels.quantised import QuantisedWeight
 
-__all__ = ["BackendUnavailable", "KernelError", "Ops", "PackedLinear"]
+__all__ = [
+    "ANY_DRAW",
+    "GREEDY",
+    "BackendUnavailable",
+    "Draws",
+    "KernelError",
+    "Ops",
+    "PackedLinear",
+]
 
 
 class KernelError(ValueError):
@@ -41,6 +49,25 @@ class KernelError(ValueError):
 
 class BackendUnavailable(RuntimeError):
     """No kernel backend can serve the wanted device on this machine."""
+
+
+class Draws(NamedTuple):
+    """What the host knows of the rows that ``Ops.sample`` draws for; a False is a promise.
+
+    A backend need not launch what no row asks for. The same call, recorded, serves only rows that
+    keep the promise.
+    """
+
+    warm: bool = True
+    """Some row may have a temperature above 0."""
+    top_k: bool = True
+    """Some such row may use top-k."""
+    top_p: bool = True
+    """Some such row may use top-p."""
+
+
+ANY_DRAW = Draws()
+GREEDY = Draws(warm=False, top_k=False, top_p=False)
 
 
 class PackedLinear(Protocol):
@@ -163,6 +190,30 @@ class Ops(Protocol):
         ``2*T*Hkv*D*sizeof(C)``.
         """
 
+    def plan_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        most_new: int | None = None,
+    ) -> object | None:
+        """What a backend finds out about a step's attention once, for all its layers.
+
+        Only ``paged_attention`` of the same backend knows what is in it. It holds for calls whose
+        tensors have the shapes and dtypes of these and the same lengths, until the next plan.
+
+        Args:
+            q: ``[T, Hq, D]`` act; like ``k_cache``, it is asked for its shape and dtype only.
+            k_cache: ``[N, Hkv, B, D]``, of any layer.
+            block_tables: ``[R, max_blocks]`` int32.
+            query_starts: ``[R+1]`` int32, as ``paged_attention`` will see it.
+            context_lens: ``[R]`` int32, the same.
+            most_new: no request has more new tokens; None: nobody knows. A backend may do less
+                where they are few, and computes nothing for tokens beyond.
+        """
+
     def paged_attention(
         self,
         out: torch.Tensor,
@@ -173,6 +224,7 @@ class Ops(Protocol):
         query_starts: torch.Tensor,
         context_lens: torch.Tensor,
         scale: float,
+        plan: object | None = None,
     ) -> None:
         """Causal attention of a ragged batch of new tokens over their requests' cached tokens.
 
@@ -191,6 +243,7 @@ class Ops(Protocol):
             query_starts: ``[R+1]`` int32, from 0, not falling, the last one at most ``T``.
             context_lens: ``[R]`` int32; ignored for requests without new tokens.
             scale: multiplies the scores, usually ``D**-0.5``.
+            plan: of ``plan_attention`` for this step; None: made for this call.
 
         Cost: ``4*Hq*D`` operations for each (query, key) pair in sight; reads at least
         ``2*Hkv*D*sizeof(C)`` bytes for each context token of each request.
@@ -306,6 +359,7 @@ class Ops(Protocol):
         min_p: torch.Tensor,
         seeds: torch.Tensor,
         positions: torch.Tensor,
+        draws: Draws = ANY_DRAW,
     ) -> None:
         """Draw one token id from each row. The draw depends on (seed, position, logits) only.
 
@@ -332,6 +386,7 @@ class Ops(Protocol):
             min_p: ``[S]`` float32; 0 is off.
             seeds: ``[S]`` int64.
             positions: ``[S]`` int64.
+            draws: what no row asks for.
 
         Cost: reads ``S*V*4`` bytes once for greedy rows, twice or three times for others.
         """

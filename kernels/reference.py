@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels import checks
-from kernels.interface import KernelError, PackedLinear
+from kernels.interface import ANY_DRAW, Draws, KernelError, PackedLinear
 from kernels.noise import uniforms
 from kernels.quantised import QuantisedWeight, check_quantised, dequantise
 
@@ -145,6 +145,17 @@ class ReferenceOps:
         k_cache[block, :, offset] = k.to(k_cache.dtype)
         v_cache[block, :, offset] = v.to(v_cache.dtype)
 
+    def plan_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        most_new: int | None = None,
+    ) -> None:
+        """See ``Ops.plan_attention``; there is nothing to plan."""
+
     def paged_attention(
         self,
         out: torch.Tensor,
@@ -155,6 +166,7 @@ class ReferenceOps:
         query_starts: torch.Tensor,
         context_lens: torch.Tensor,
         scale: float,
+        plan: object | None = None,
     ) -> None:
         """See ``Ops.paged_attention``."""
         _, _, kv_heads, _, _, block_size = checks.check_paged_attention(
@@ -265,11 +277,13 @@ class ReferenceOps:
         min_p: torch.Tensor,
         seeds: torch.Tensor,
         positions: torch.Tensor,
+        draws: Draws = ANY_DRAW,
     ) -> None:
         """See ``Ops.sample``."""
         checks.check_sample(out_ids, logits, temperature, top_k, top_p, min_p, seeds, positions)
         if not out_ids.numel():
             return
+        _check_draws(draws, temperature, top_k, top_p, logits.shape[1])
         scores = logits.to(_F64).masked_fill(logits.isnan(), float("-inf"))
         best = scores.max(dim=1, keepdim=True).values
         greedy = (scores == best).int().argmax(dim=1)  # argmax gives the first of equal ones
@@ -301,6 +315,24 @@ class ReferenceOps:
         out_ids.copy_(ids)
         out_logprobs.copy_(logs.gather(1, ids))
         out_ranks.copy_(1 + (logits > logits.gather(1, chosen[:, None])).sum(1))
+
+
+def _check_draws(
+    draws: Draws,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    vocab: int,
+) -> None:
+    warm = temperature > 0
+    asked = {
+        "warm": warm,
+        "top_k": warm & (top_k > 0) & (top_k < vocab),
+        "top_p": warm & (top_p < 1),
+    }
+    for name, rows in asked.items():
+        if not getattr(draws, name) and bool(rows.any()):
+            raise KernelError(f"sample: draws.{name} is False, but {rows.tolist()} ask for it")
 
 
 def check_ragged(

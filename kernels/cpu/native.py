@@ -24,7 +24,7 @@ import torch
 from kernels import checks
 from kernels.cpu.binding import NativeLibrary
 from kernels.cpu.ordinary import DTYPE_CODES, ordinary_attention, ordinary_qkv
-from kernels.interface import KernelError, PackedLinear
+from kernels.interface import ANY_DRAW, Draws, KernelError, PackedLinear
 from kernels.quantised import QuantisedWeight, check_quantised, dequantise
 
 __all__ = ["NativeLinear", "NativeOps"]
@@ -183,6 +183,17 @@ class NativeOps(NativeLibrary):
                 ("slots", slots, f"in 0..{last_slot}"),
             )  # fmt: skip
 
+    def plan_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        most_new: int | None = None,
+    ) -> None:
+        """See ``Ops.plan_attention``; there is nothing to plan."""
+
     def paged_attention(
         self,
         out: torch.Tensor,
@@ -193,6 +204,7 @@ class NativeOps(NativeLibrary):
         query_starts: torch.Tensor,
         context_lens: torch.Tensor,
         scale: float,
+        plan: object | None = None,
     ) -> None:
         """See ``Ops.paged_attention``."""
         if not ordinary_attention(
@@ -351,6 +363,7 @@ class NativeOps(NativeLibrary):
         min_p: torch.Tensor,
         seeds: torch.Tensor,
         positions: torch.Tensor,
+        draws: Draws = ANY_DRAW,
     ) -> None:
         """See ``Ops.sample``."""
         rows, vocab = checks.check_sample(

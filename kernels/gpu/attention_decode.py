@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.attention_plan import ITEM, MOST_DECODED, AttentionPlan, attention_cost
-from kernels.gpu.attention_tile import attend, fold, rows_of
+from kernels.gpu.attention_tile import attend_item, fold
 from kernels.gpu.cost import Cost
 
 __all__ = ["cost", "launch_decode"]
@@ -38,33 +38,17 @@ def _decode(
     DIMS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    GROUP: tl.constexpr = Q_HEADS // KV_HEADS
     dims = tl.arange(0, DIMS)
     total_work = tl.load(counts_ptr) * KV_HEADS
     for work in range(tl.program_id(0), total_work, tl.num_programs(0)):
         item = items_ptr + (work // KV_HEADS) * ITEM
         head = work % KV_HEADS
-        request = tl.load(item).to(tl.int64)
-        queries = tl.load(item + 2)
-        position = tl.load(item + 3)
-        query, place, inside = rows_of(tl.load(item + 1), queries, head, GROUP, Q_HEADS, ROWS)
-        inside_dims = inside[:, None] & (dims < HEAD_DIM)[None, :]
-        at = place[:, None] * HEAD_DIM + dims[None, :]
-        q = tl.load(q_ptr + at, mask=inside_dims, other=0.0)
-        to_scores = scale
-        to_values = 1.0
-        if SCALED:
-            to_scores = scale * tl.load(k_scale_ptr + head)
-            to_values = tl.load(v_scale_ptr + head)
-        elif q_ptr.dtype.element_ty != k_ptr.dtype.element_ty:
-            q = q.to(tl.float32)
-        start = head.to(tl.int64) * (BLOCK * HEAD_DIM)
-        top, total, sums = attend(
-            q, k_ptr + start, v_ptr + start, tables_ptr + request * table_width, num_blocks,
-            tl.load(item + 4), tl.load(item + 5), position,
-            position + tl.minimum(query, queries - 1), to_scores,
-            True, KV_HEADS, HEAD_DIM, DIMS, BLOCK, ROWS, KEYS, SPLIT,
+        query, place, inside, top, total, sums, to_values = attend_item(
+            item, head, tl.load(item + 4), q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
+            tables_ptr, table_width, num_blocks, scale,
+            SCALED, True, Q_HEADS, KV_HEADS, HEAD_DIM, DIMS, BLOCK, ROWS, KEYS, SPLIT,
         )  # fmt: skip
+        inside_dims = inside[:, None] & (dims < HEAD_DIM)[None, :]
         if tl.load(item + 7) > 0:
             slot = (tl.load(item + 6) + query).to(tl.int64) * Q_HEADS + place % Q_HEADS
             tl.store(sums_ptr + slot[:, None] * HEAD_DIM + dims[None, :], sums, mask=inside_dims)
@@ -72,6 +56,7 @@ def _decode(
             tl.store(stats_ptr + slot * 2 + 1, total, mask=inside)
         else:
             values = sums / total[:, None] * to_values
+            at = place[:, None] * HEAD_DIM + dims[None, :]
             tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=inside_dims)
 
 

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu.attention_plan import ITEM, MOST_DECODED, AttentionPlan, attention_cost
-from kernels.gpu.attention_tile import attend, rows_of
+from kernels.gpu.attention_tile import attend_item
 from kernels.gpu.cost import Cost
 
 __all__ = ["cost", "launch_prefill"]
@@ -43,33 +43,19 @@ def _prefill(
     HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    GROUP: tl.constexpr = Q_HEADS // KV_HEADS
     work = tl.program_id(0)
     if work >= tl.load(counts_ptr + 1) * KV_HEADS:
         return
     item = items_ptr + (work // KV_HEADS) * ITEM
     head = work % KV_HEADS
-    request = tl.load(item).to(tl.int64)
-    queries = tl.load(item + 2)
-    position = tl.load(item + 3)
-    query, place, inside = rows_of(tl.load(item + 1), queries, head, GROUP, Q_HEADS, ROWS)
+    _, place, inside, _, total, sums, to_values = attend_item(
+        item, head, 0, q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
+        tables_ptr, table_width, num_blocks, scale,
+        SCALED, FOLDS, Q_HEADS, KV_HEADS, HEAD_DIM, DIMS, BLOCK, ROWS, KEYS, SPLIT,
+    )  # fmt: skip
     dims = tl.arange(0, DIMS)
     inside_dims = inside[:, None] & (dims < HEAD_DIM)[None, :]
     at = place[:, None] * HEAD_DIM + dims[None, :]
-    q = tl.load(q_ptr + at, mask=inside_dims, other=0.0)
-    to_scores = scale
-    to_values = 1.0
-    if SCALED:
-        to_scores = scale * tl.load(k_scale_ptr + head)
-        to_values = tl.load(v_scale_ptr + head)
-    elif q_ptr.dtype.element_ty != k_ptr.dtype.element_ty:
-        q = q.to(tl.float32)
-    start = head.to(tl.int64) * (BLOCK * HEAD_DIM)
-    _, total, sums = attend(
-        q, k_ptr + start, v_ptr + start, tables_ptr + request * table_width, num_blocks,
-        0, tl.load(item + 5), position, position + tl.minimum(query, queries - 1), to_scores,
-        FOLDS, KV_HEADS, HEAD_DIM, DIMS, BLOCK, ROWS, KEYS, SPLIT,
-    )  # fmt: skip
     values = sums / total[:, None] * to_values
     tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=inside_dims)
 

@@ -23,11 +23,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["attend", "fold", "rows_of"]
+__all__ = ["attend_item", "fold"]
 
 
 @triton.jit
-def rows_of(
+def _rows_of(
     first_token, queries, head, GROUP: tl.constexpr, Q_HEADS: tl.constexpr, ROWS: tl.constexpr
 ):
     """Query and place in ``[T, Hq]`` of each row, and which rows there are."""
@@ -145,7 +145,7 @@ def _steps(
 
 
 @triton.jit
-def attend(
+def _attend(
     q, k_ptr, v_ptr, table_ptr, num_blocks, begin, end, first_position, last_key, scale,
     FOLDS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
@@ -175,3 +175,42 @@ def attend(
     if FOLDS:
         top, total, sums = fold(closed_top, closed_total, closed_sums, top, total, sums)
     return top, total, sums
+
+
+@triton.jit
+def attend_item(
+    item, head, begin, q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, tables_ptr, table_width,
+    num_blocks, scale,
+    SCALED: tl.constexpr, FOLDS: tl.constexpr, Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Attention of an item's queries over its positions from ``begin`` on, by one key-value head.
+
+    ``item`` points at an item of ``attention_plan``; the pointers are those of a whole call. Gives
+    each row's query, place in ``[T, Hq]`` and whether there is one, what came of it, and what its
+    values are to be multiplied by.
+    """
+    GROUP: tl.constexpr = Q_HEADS // KV_HEADS
+    request = tl.load(item).to(tl.int64)
+    queries = tl.load(item + 2)
+    position = tl.load(item + 3)
+    query, place, inside = _rows_of(tl.load(item + 1), queries, head, GROUP, Q_HEADS, ROWS)
+    dims = tl.arange(0, DIMS)
+    inside_dims = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    at = place[:, None] * HEAD_DIM + dims[None, :]
+    q = tl.load(q_ptr + at, mask=inside_dims, other=0.0)
+    to_scores = scale
+    to_values = 1.0
+    if SCALED:
+        to_scores = scale * tl.load(k_scale_ptr + head)
+        to_values = tl.load(v_scale_ptr + head)
+    elif q_ptr.dtype.element_ty != k_ptr.dtype.element_ty:
+        q = q.to(tl.float32)
+    start = head.to(tl.int64) * (BLOCK * HEAD_DIM)
+    top, total, sums = _attend(
+        q, k_ptr + start, v_ptr + start, tables_ptr + request * table_width, num_blocks,
+        begin, tl.load(item + 5), position, position + tl.minimum(query, queries - 1), to_scores,
+        FOLDS, KV_HEADS, HEAD_DIM, DIMS, BLOCK, ROWS, KEYS, SPLIT,
+    )  # fmt: skip
+    return query, place, inside, top, total, sums, to_values

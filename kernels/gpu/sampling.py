@@ -15,6 +15,9 @@ A row is parted into chunks, one program each, and read once by every kernel bel
    ``_pick``: the row's, chunks in their order. The noise is that of ``kernels.noise``, bit for bit
    up to the uniform number; its logarithms are float32's.
 
+What no row of a call uses, as the host says with ``Draws``, is not launched: two kernels for
+greedy rows, three without top-k and top-p.
+
 Probabilities are added as integers, multiples of 2^-40 of the largest: integer sums have no order,
 so draws depend neither on chunks nor on the batch. A float32 ``exp`` is off by about 1e-7, so only
 a top-p border, or a race of two tokens, that is closer than this may fall on the other side than
@@ -34,6 +37,7 @@ import triton.language as tl
 
 from kernels.gpu.rounding import INTERPRETED
 from kernels.gpu.tuning import capability_of, config
+from kernels.interface import ANY_DRAW, Draws
 
 __all__ = ["sample", "token_hashes", "truncate"]
 
@@ -205,8 +209,6 @@ def _settle(
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row)
     if _is_off(tl.load(temperature_ptr + row), top_k, top_p, vocab, COUNTS):
-        if COUNTS:  # a start for top-p, which leaves the limit as it is where it is off
-            tl.store(limits_ptr + row, 0xFFFFFFFF)
         return
     launches = tl.full([], 32 // BITS, tl.int32)
     limit = _crossing(
@@ -218,7 +220,7 @@ def _settle(
 @triton.jit
 def _draw(
     keys_ptr, drawn_ptr, largest_ptr, limits_ptr, logits_ptr, temperature_ptr, min_p_ptr, seeds_ptr,
-    positions_ptr, vocab, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    positions_ptr, vocab, LIMITED: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
@@ -229,8 +231,10 @@ def _draw(
     best = _row_max(largest_ptr, row, chunks, CHUNKS)
     ids, x = _load_chunk(logits_ptr, row, chunk, vocab, CHUNK)
     z = _scaled(x, best, temperature)
-    kept = _falling_bits(x).to(tl.int64) <= tl.load(limits_ptr + row)
-    kept = (kept & (tl.exp(z) >= tl.load(min_p_ptr + row))) | (x == best)
+    kept = tl.exp(z) >= tl.load(min_p_ptr + row)
+    if LIMITED:
+        kept = kept & (_falling_bits(x).to(tl.int64) <= tl.load(limits_ptr + row))
+    kept = kept | (x == best)
     here = row + tl.zeros([1], tl.int64)
     hashes = _token_hash(tl.load(seeds_ptr + here), tl.load(positions_ptr + here), ids)
     keys = tl.where(kept & (ids < vocab), z + _gumbel(hashes), float("-inf"))
@@ -243,7 +247,7 @@ def _draw(
 @triton.jit
 def _pick(
     out_ptr, keys_ptr, drawn_ptr, largest_ptr, first_ptr, temperature_ptr, vocab, chunks,
-    CHUNKS: tl.constexpr,
+    WARM: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, CHUNKS)
@@ -252,7 +256,7 @@ def _pick(
     scores = tl.load(largest_ptr + at, mask=here, other=float("-inf"))
     ids = tl.load(first_ptr + at, mask=here, other=vocab)
     best = tl.max(scores, axis=0)
-    if (tl.load(temperature_ptr + row) != 0) & (best != float("-inf")):
+    if WARM and (tl.load(temperature_ptr + row) != 0) & (best != float("-inf")):
         scores = tl.load(keys_ptr + at, mask=here, other=float("-inf"))
         ids = tl.load(drawn_ptr + at, mask=here, other=vocab)
         best = tl.max(scores, axis=0)
@@ -266,11 +270,16 @@ class _Truncated:
 
     largest: torch.Tensor  # [S, chunks] float32
     first: torch.Tensor  # [S, chunks] int32, the lowest id of the largest
-    limits: torch.Tensor  # [S] int64, the largest ``_falling_bits`` that top-k and top-p keep
+    limits: torch.Tensor | None
+    """``[S]`` int64, the largest ``_falling_bits`` that top-k and top-p keep; None: all is kept."""
 
 
 def truncate(
-    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    draws: Draws = ANY_DRAW,
 ) -> _Truncated:
     """Steps 1 and 2; the arguments are those of ``Ops.sample``."""
     rows, vocab = logits.shape
@@ -282,12 +291,17 @@ def truncate(
     device, grid = logits.device, (rows, chunks)
     largest = torch.empty(grid, dtype=torch.float32, device=device)
     first = torch.empty(grid, dtype=torch.int32, device=device)
-    limits = torch.empty(rows, dtype=torch.int64, device=device)
+    _largest[grid](largest, first, logits, vocab, **chunk)
+    if not draws.top_k and not draws.top_p:
+        return _Truncated(largest, first, None)
+    # What top-k leaves is where top-p begins.
+    limits = torch.full((rows,), 0xFFFFFFFF, dtype=torch.int64, device=device)
     lows = torch.empty((launches, rows), dtype=torch.int64, device=device)
     # Two of them: while a launch writes one, its programs still read the other.
     parts = torch.empty((2, rows, chunks, 1 << bits), dtype=torch.int64, device=device)
-    _largest[grid](largest, first, logits, vocab, **chunk)
     for counts in (True, False):
+        if not (draws.top_k if counts else draws.top_p):
+            continue
         for launch in range(launches):
             _narrow[grid](
                 lows, parts, limits, largest, logits, temperature, top_k, top_p, vocab, launch,
@@ -309,6 +323,7 @@ def sample(
     min_p: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
+    draws: Draws = ANY_DRAW,
 ) -> None:
     """See ``Ops.sample``."""
     rows, vocab = logits.shape
@@ -317,16 +332,20 @@ def sample(
     best = config("sample", capability_of(logits.device), V=vocab)
     chunks = triton.cdiv(vocab, best["CHUNK"])
     padded = triton.next_power_of_2(chunks)
-    row = truncate(logits, temperature, top_k, top_p)
-    keys = torch.empty_like(row.largest)
-    drawn = torch.empty_like(row.first)
-    _draw[(rows, chunks)](
-        keys, drawn, row.largest, row.limits, logits, temperature, min_p, seeds, positions, vocab,
-        CHUNK=best["CHUNK"], CHUNKS=padded, num_warps=best.num_warps,
-    )  # fmt: skip
+    row = truncate(logits, temperature, top_k, top_p, draws)
+    keys, drawn = row.largest, row.first  # not read where no row is drawn for
+    if draws.warm:
+        keys, drawn = torch.empty_like(row.largest), torch.empty_like(row.first)
+        limited = row.limits is not None
+        _draw[(rows, chunks)](
+            keys, drawn, row.largest, row.limits if limited else positions, logits, temperature,
+            min_p, seeds, positions, vocab,
+            LIMITED=limited, CHUNK=best["CHUNK"], CHUNKS=padded, num_warps=best.num_warps,
+        )  # fmt: skip
     _pick[(rows,)](
-        out_ids, keys, drawn, row.largest, row.first, temperature, vocab, chunks, CHUNKS=padded
-    )
+        out_ids, keys, drawn, row.largest, row.first, temperature, vocab, chunks,
+        WARM=draws.warm, CHUNKS=padded,
+    )  # fmt: skip
 
 
 @triton.jit

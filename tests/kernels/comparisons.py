@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels import Ops
+from kernels import ANY_DRAW, Draws, Ops
 from kernels.reference import ReferenceOps
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -332,7 +332,7 @@ class Draw:
     seeds: torch.Tensor
     positions: torch.Tensor
 
-    def run(self, ops: Ops) -> torch.Tensor:
+    def run(self, ops: Ops, promise: Draws = ANY_DRAW) -> torch.Tensor:
         """The sampled ids."""
         out = torch.full((self.logits.shape[0],), -1, dtype=torch.int64)
         ops.sample(
@@ -344,6 +344,7 @@ class Draw:
             self.min_p,
             self.seeds,
             self.positions,
+            promise,
         )
         return out
 

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 import server.cli.serve
-from engine import Device, Dtype, EngineConfig, ModelInfo
+from engine import Device, Dtype, EngineConfig, KvCacheDtype, ModelInfo
 from server.__main__ import app
 from server.cli.banner import banner
 from server.cli.serve import StartError, bind
@@ -40,6 +40,7 @@ class TestOptions:
         ("host", "0.0.0.0"),
         ("dtype", "float16"),
         ("device", "cpu"),
+        ("kv_cache_dtype", "fp8"),
         ("max_model_len", "512"),
         ("kv_memory", "64MiB"),
         ("max_num_tokens", "100"),
@@ -57,6 +58,7 @@ class TestOptions:
             served_name="fine",
             dtype=Dtype.FLOAT16,
             device=Device.CPU,
+            kv_cache_dtype=KvCacheDtype.FP8,
             max_model_len=512,
             kv_memory_bytes=64 << 20,
             max_num_tokens=100,
@@ -85,6 +87,14 @@ class TestOptions:
         )
         assert result.exit_code == 0, result.output
         self.check(*seen)
+
+    def test_flags(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[Any] = []
+        monkeypatch.setattr(server.cli.serve, "serve", _recorder(seen))
+        variables = {"MILLRACE_BATCH_INVARIANT": "1"}
+        for arguments, env in ((["--batch-invariant"], {}), ([], variables)):
+            assert CliRunner().invoke(app, ["serve", *arguments], env=env).exit_code == 0
+            assert seen[-1] == EngineConfig(batch_invariant=True)
 
     def test_defaults(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[Any] = []

@@ -58,16 +58,16 @@ TILE_BUGS = [
     ("(first_token + query)", "first_token"),
     ("(keys < end)[:, None] & ", ""),
 ]
-KERNEL_BUGS = [
+ITEM_BUGS = [
     ("head.to(tl.int64) * (BLOCK * HEAD_DIM)", "head.to(tl.int64) * HEAD_DIM"),
     ("tl.minimum(query, queries - 1), to_scores", "query * 0, to_scores"),
     ("request * table_width", "request * 1"),
-    ("sums / total[:, None] * to_values", "sums * to_values"),
 ]
+KERNEL_BUGS = [("sums / total[:, None] * to_values", "sums * to_values")]
 MERGE_BUGS = [
     ("slot = (first + split * new)", "slot = (first + split)"),
     ("slot * 2 + 1, mask=inside & there", "slot * 2, mask=inside & there"),
-    ("tl.load(item + 4), tl.load(item + 5)", "0, tl.load(item + 5)"),
+    ("tl.load(item + 4)", "0"),
     ("(tl.load(item + 6) + query)", "(tl.load(item + 6) + query * 0)"),
     ("range(0, splits, TOGETHER)", "range(0, splits - TOGETHER, TOGETHER)"),
 ]
@@ -99,6 +99,14 @@ def test_no_bug(device: torch.device, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("old", "new"), TILE_BUGS)
 def test_bugs_in_the_tile(device: torch.device, tmp_path: Path, old: str, new: str) -> None:
     must_fail(device, with_bug(attention_tile, old, new, tmp_path), decoding, prefilling)
+
+
+@pytest.mark.parametrize("one", [decoding, prefilling])
+@pytest.mark.parametrize(("old", "new"), ITEM_BUGS)
+def test_bugs_in_an_item(
+    device: torch.device, tmp_path: Path, one: Check, old: str, new: str
+) -> None:
+    must_fail(device, with_bug(attention_tile, old, new, tmp_path), one)
 
 
 @pytest.mark.parametrize(

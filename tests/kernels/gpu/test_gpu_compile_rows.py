@@ -85,8 +85,9 @@ def build_all(capability):
         for first in (False, True):
             one(sampling._narrow, "sample", FIRST=first, COUNTS=counts, CHUNKS=64)
         one(sampling._settle, None, COUNTS=counts, BITS=4, CHUNKS=64)
-    one(sampling._draw, "sample", CHUNKS=64)
-    one(sampling._pick, None, {"out_ptr": "*i64"}, CHUNKS=64)
+    for asked in (True, False):
+        one(sampling._draw, "sample", LIMITED=asked, CHUNKS=64)
+        one(sampling._pick, None, {"out_ptr": "*i64"}, WARM=asked, CHUNKS=64)
 
 import sys
 build_all((int(sys.argv[1][0]), int(sys.argv[1][1])))

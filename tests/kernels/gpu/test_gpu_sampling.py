@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import Ops, gpu
+from kernels import ANY_DRAW, GREEDY, Draws, KernelError, Ops, gpu
 from kernels.gpu import logits as logit_ops
 from kernels.gpu import sampling
 from kernels.noise import row_keys, token_hash
 from kernels.reference import keep_mask
 from tests.kernels import comparisons as compare
 from tests.kernels.comparisons import draws, randn
+from tests.kernels.gpu.launches import counted_launches
 from tests.kernels.gpu.on_device import on_device
 from tests.kernels.gpu.planted import planted
 
@@ -132,6 +133,55 @@ def test_rows_without_numbers(ops: Ops) -> None:
     assert draws(randn(0, 10)).run(ops).tolist() == []
 
 
+ASKED: list[tuple[dict[str, float], Draws, dict[str, int]]] = [
+    ({"temperature": 0.0}, GREEDY, {"_largest": 1, "_pick": 1}),
+    ({}, Draws(top_k=False, top_p=False), {"_largest": 1, "_draw": 1, "_pick": 1}),
+    ({"min_p": 0.1}, Draws(top_k=False, top_p=False), {"_largest": 1, "_draw": 1, "_pick": 1}),
+    ({"top_k": 5}, Draws(top_p=False), {"_narrow": 8, "_settle": 1, "_draw": 1}),
+    ({"top_p": 0.7}, Draws(top_k=False), {"_narrow": 8, "_settle": 1, "_draw": 1}),
+    ({"top_p": 0.7, "top_k": 9}, ANY_DRAW, {"_narrow": 16, "_settle": 2, "_draw": 1}),
+]
+
+
+@pytest.mark.parametrize(("settings", "promise", "launched"), ASKED)
+def test_what_no_row_asks_for_is_not_launched_nor_missed(
+    ops: Ops, settings: dict[str, Any], promise: Draws, launched: dict[str, int]
+) -> None:
+    """Ties, NaN and rows without numbers among the logits, over several chunks."""
+    logits = randn(6, 2100)
+    logits[1] = (logits[1] * 2).round()
+    logits[2, ::3], logits[2, 1::3] = float("nan"), float("-inf")
+    logits[3], logits[4] = float("nan"), float("-inf")
+    draw = draws(logits, **settings, seed=5)
+    with counted_launches() as counts:
+        got = draw.run(ops, promise)
+    assert torch.equal(got, draw.run(ops))
+    assert torch.equal(got, draw.run(compare.ORACLE, promise))
+    assert {name: counts[name] for name in launched} == launched
+    if promise is GREEDY:
+        assert counts.total() == 2
+
+
+def test_a_wrong_start_of_top_p_is_found(
+    ops: Ops, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        gpu, "sampling", planted(sampling, "(rows,), 0xFFFFFFFF", "(rows,), 0x3FFFFFFF", tmp_path)
+    )
+    with pytest.raises(AssertionError):
+        test_what_no_row_asks_for_is_not_launched_nor_missed(ops, *ASKED[4])
+
+
+def test_a_broken_promise_is_seen_where_looking_is_free() -> None:
+    for settings, promise, name in (
+        ({}, GREEDY, "warm"), ({"top_k": 3}, Draws(top_k=False), "top_k"),
+        ({"top_p": 0.5}, Draws(top_p=False), "top_p"),
+    ):  # fmt: skip
+        with pytest.raises(KernelError, match=rf"draws\.{name} is False, but .*True"):
+            draws(randn(2, 10), **settings).run(compare.ORACLE, promise)
+    draws(randn(2, 10), temperature=0.0, top_k=3, top_p=0.5).run(compare.ORACLE, GREEDY)
+
+
 def test_tiny_temperature_is_greedy(ops: Ops) -> None:
     logits = randn(5, 300)
     for temperature in (1e-6, 1e-30, 1e-44):
@@ -161,7 +211,7 @@ BUGS: list[tuple[Any, str, str, str, dict[str, Any]]] = [
     (sampling, "(low + 0.5)", "(low + 0.5) * 3e4", "sample", {}),
     (sampling, "tl.div_rn(gap, tl.zeros_like(gap) + temperature)", "gap", "sample", {}),
     (sampling, "tl.load(min_p_ptr + row)", "0.0", "sample", {}),
-    (sampling, "<= tl.load(limits_ptr + row)\n", "<= 0xFFFFFFFF\n", "sample", {"rows": 25}),
+    (sampling, "LIMITED:\n", "not LIMITED:\n", "sample", {"rows": 25}),
     (sampling, "!= 0) & (best", "> 9) & (best", "sample", {}),
     (logit_ops, "tl.where(count > 0, presence, 0.0)", "presence", "apply_penalties", {}),
     (logit_ops, "tl.where(logit > 0, tl.div_rn(logit, repetition), ", "(", "apply_penalties", {}),
