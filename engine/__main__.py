@@ -133,6 +133,7 @@ def _load(link: Link, configure: Configure) -> tuple[Core, ModelInfo]:
         scheduler,
         runner,
         vocab_size=info.vocab_size,
+        steps_ahead=runner.steps_ahead,
         check_integrity=config.check_integrity,
     )
     return core, info

@@ -69,6 +69,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     num_threads: int | None = None
     """Compute threads on a CPU; None: from the cores this process may use."""
     prefix_cache: bool = True
+    steps_ahead: int | None = None
+    """Steps that are launched before the tokens of the one before them are known, 0 or 1; None: 1
+    on a GPU, 0 on a CPU, which has nobody to compute the next step while this one is read."""
+    cuda_graphs: bool = True
+    """On a GPU, record steps without prompts once and replay them."""
     chunk_tokens: int | None = None
     """Most prompt tokens of one request in one step; None: up to ``max_num_tokens``."""
     adapter: str | None = None
@@ -97,6 +102,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for name in ("max_model_len", "num_threads", "chunk_tokens", "shared_prompt_tokens"):
             if (value := getattr(self, name)) is not None:
                 _at_least(name, value, 1)
+        if self.steps_ahead not in (None, 0, 1):
+            raise ConfigError(f"steps_ahead is {self.steps_ahead}; it must be 0 or 1")
         if self.block_size & (self.block_size - 1):
             raise ConfigError(f"block_size is {self.block_size}; it must be a power of two")
         if self.kv_memory_bytes is not None:

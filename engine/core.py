@@ -1,17 +1,21 @@
-"""The engine process's loop: receive, plan, forward, commit, emit."""
+"""The engine process's loop: receive, plan, launch, collect, commit, emit."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
 
 from engine.errors import RequestError
 from engine.link import HEARTBEAT_S, Abort, FromEngine, LinkClosed, Step, Submit, ToEngine
 from engine.scheduler import Plan, Scheduler, StepOutput
 from engine.types import Delta, EngineStats, FinishReason, Request, Usage
 
-__all__ = ["Channel", "Core", "Forward", "StepFailed", "is_lack_of_memory"]
+__all__ = ["Channel", "Core", "Forward", "Launched", "StepFailed", "is_lack_of_memory"]
+
+T = TypeVar("T")
 
 _PROMPT_STEPS = 2
 """An abort whose blocks were free after no more steps came in time."""
@@ -31,12 +35,28 @@ class Channel(Protocol):
         ...
 
 
+class Launched(Protocol):
+    """A step that is computed, or was."""
+
+    def collect(self) -> StepOutput:
+        """Wait for the end of the step, which those launched before it have reached, too."""
+        ...
+
+
 class Forward(Protocol):
     """What turns a plan into tokens."""
 
-    def step(self, plan: Plan) -> StepOutput:
-        """Compute the plan's rows and draw a token for those that sample."""
+    def launch(self, plan: Plan) -> Launched:
+        """Begin to compute the plan's rows and to draw a token for those that sample.
+
+        A device computes steps in the order in which they are launched.
+        """
         ...
+
+
+class _Flight(NamedTuple):
+    plan: Plan
+    step: Launched
 
 
 class StepFailed(Exception):
@@ -57,7 +77,17 @@ def is_lack_of_memory(error: BaseException | None) -> bool:
 
 
 class Core:
-    """Drives one scheduler and one runner until the link closes."""
+    """Drives one scheduler and one runner until the link closes.
+
+    Args:
+        link: to the server.
+        scheduler: plans steps.
+        runner: computes them.
+        vocab_size: tokens of the model.
+        steps_ahead: steps that are launched before the outcome of the one before them is known,
+            0 or 1.
+        check_integrity: check the scheduler's books whenever it is idle.
+    """
 
     def __init__(
         self,
@@ -66,13 +96,16 @@ class Core:
         runner: Forward,
         *,
         vocab_size: int,
+        steps_ahead: int = 0,
         check_integrity: bool = False,
     ) -> None:
         self._link = link
         self._scheduler = scheduler
         self._runner = runner
         self._vocab_size = vocab_size
+        self._steps_ahead = steps_ahead
         self._check_integrity = check_integrity
+        self._flights: deque[_Flight] = deque()
         self._steps = 0
         self._step_s = 0.0
         self._busy_s = 0.0
@@ -90,18 +123,28 @@ class Core:
         """Do one round: take what has come, compute one step, hand out what it brought."""
         deltas = self._receive()
         started = time.monotonic()
-        plan = self._scheduler.plan()
-        if plan.rows:
-            output = self._compute(plan)
+        self._launch()
+        if self._flights:
+            plan, step = self._flights.popleft()
+            output = self._attempt(plan, step.collect)
             deltas += self._scheduler.commit(plan, output)
             self._count_step(started)
         elif self._check_integrity and not self._scheduler.has_work:
             self._scheduler.check_integrity()
         self._link.send(Step(deltas, self.stats()))
 
-    def _compute(self, plan: Plan) -> StepOutput:
+    def _launch(self) -> None:
+        """Launch the next step, and then what may be ahead of it."""
+        while len(self._flights) <= self._steps_ahead:
+            plan = self._scheduler.plan(after=self._flights[-1].plan if self._flights else None)
+            if not plan.rows:
+                return
+            step = self._attempt(plan, partial(self._runner.launch, plan))
+            self._flights.append(_Flight(plan, step))
+
+    def _attempt(self, plan: Plan, call: Callable[[], T]) -> T:
         try:
-            return self._runner.step(plan)
+            return call()
         except LinkClosed:  # the server went away in the middle of it
             raise
         except Exception as error:
@@ -125,7 +168,7 @@ class Core:
     def _receive(self) -> list[Delta]:
         """Apply incoming messages; wait for them only when there is nothing to compute."""
         deltas = []
-        timeout_s = 0.0 if self._scheduler.has_work else HEARTBEAT_S
+        timeout_s = 0.0 if self._scheduler.has_work or self._flights else HEARTBEAT_S
         for message in self._link.receive(timeout_s):
             match message:
                 case Submit(request):

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,13 +24,14 @@ from engine.model_config import ModelConfig, read_model_config
 from engine.models import KVCache, Model, Workspace, family_of, kv_block_bytes
 from engine.pulse import Pulse
 from engine.quantisation import SCHEMES
-from engine.sampler import Sampler
+from engine.sampler import Drawn, Entries, Sampler
 from engine.scheduler import Scheduler
 from engine.steps import Plan, StepOutput
+from engine.transfer import Arrivals
 from engine.types import ModelInfo, Request, SamplingParams
 from kernels import BackendUnavailable, Ops, select
 
-__all__ = ["Runner"]
+__all__ = ["LaunchedStep", "Runner"]
 
 log = logging.getLogger("millrace.engine")
 
@@ -38,6 +40,24 @@ _TORCH_DTYPES = {
     Dtype.FLOAT16: torch.float16,
     Dtype.FLOAT32: torch.float32,
 }
+
+
+class LaunchedStep(NamedTuple):
+    """A step whose results are on their way."""
+
+    arrivals: Arrivals
+    drawn: Drawn | None
+    prompts: dict[int, list[Entries]]
+
+    def collect(self) -> StepOutput:
+        """Wait until they are there."""
+        self.arrivals.wait()
+        token_ids, logprobs = self.drawn.read() if self.drawn else ([], [])
+        prompts = {
+            row: [entry for part in parts for entry in part.read()]
+            for row, parts in self.prompts.items()
+        }
+        return StepOutput(token_ids, logprobs, prompts)
 
 
 class Runner:
@@ -106,8 +126,14 @@ class Runner:
             self._cache = _allocate_cache(
                 config, model_config, max_model_len, source.dtype, self._device
             )
+        self.steps_ahead = _steps_ahead(config.steps_ahead, self._device)
         self._builder = BatchBuilder(
-            config.block_size, config.max_num_tokens, max_rows, max_model_len, self._device
+            config.block_size,
+            config.max_num_tokens,
+            max_rows,
+            max_model_len,
+            self._device,
+            self.steps_ahead,
         )
         self._sampler = Sampler(
             ops, model_config.vocab_size, model_config.eos_token_ids, max_rows, self._device
@@ -129,22 +155,30 @@ class Runner:
         self._warm_up(min(32, config.max_num_tokens, max_model_len - 1))
         on_progress("ready", 1.0)
 
-    @torch.inference_mode()
     def step(self, plan: Plan) -> StepOutput:
         """Compute the plan's rows and draw a token for those that sample."""
+        return self.launch(plan).collect()
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan) -> LaunchedStep:
+        """Begin with a step; on a CPU, which has nobody else to do it, this computes all of it."""
+        arrivals = Arrivals(self._device)
         if not plan.rows:
-            return StepOutput([], [], {})
+            return LaunchedStep(arrivals, None, {})
         self._pulse.begin(plan.num_tokens)
         batch = self._builder.build(plan)
         self._sampler.enter(batch)
+        self._sampler.fill(batch)
         hidden = self._model.hidden(batch, self._cache, self._work)  # [W, E]
-        num_samples = batch.num_samples
-        logits = self._logits(hidden, 0, num_samples)
-        token_ids, logprobs = self._sampler.sample(batch, logits)
-        prompt_logprobs = self._sampler.prompt_logprobs(
-            batch, lambda start, end: self._logits(hidden, start, end), len(self._work.logits)
+        logits = self._logits(hidden, 0, batch.num_samples)
+        drawn = self._sampler.sample(batch, logits, arrivals)
+        prompts = self._sampler.prompt_logprobs(
+            batch,
+            lambda start, end: self._logits(hidden, start, end),
+            len(self._work.logits),
+            arrivals,
         )
-        return StepOutput(token_ids, logprobs, prompt_logprobs)
+        return LaunchedStep(arrivals, drawn, prompts)
 
     def _logits(self, hidden: torch.Tensor, start: int, end: int) -> torch.Tensor:
         """Logits ``[end - start, V]`` of these output rows, valid until the next call."""
@@ -178,6 +212,10 @@ class Runner:
             while scheduler.has_work:
                 plan = scheduler.plan()
                 scheduler.commit(plan, self.step(plan))
+
+
+def _steps_ahead(wanted: int | None, device: torch.device) -> int:
+    return int(device.type == "cuda") if wanted is None else wanted
 
 
 def _max_model_len(wanted: int | None, model: ModelConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -10,7 +11,7 @@ from typing import Any
 
 from engine.cache import CacheManager, FullAttentionGroup
 from engine.config import Device, EngineConfig
-from engine.runner import Runner
+from engine.runner import LaunchedStep, Runner
 from engine.scheduler import Scheduler
 from engine.steps import Plan
 from engine.types import Delta, FinishReason, Request, SamplingParams, TokenLogprobs, Usage
@@ -73,6 +74,8 @@ class Engine:
             eos_token_ids=info.eos_token_ids,
             chunk_tokens=settings.get("chunk_tokens", config.chunk_tokens),
         )
+        self.steps_ahead = settings.get("steps_ahead", self.runner.steps_ahead)
+        self._flights: deque[tuple[Plan, LaunchedStep]] = deque()
         self.answers = {}
 
     def add(self, prompt: list[int], *, output_ids: Sequence[int] = (), **sampling: Any) -> str:
@@ -91,16 +94,28 @@ class Engine:
         return request_id
 
     def step(self) -> Plan:
-        """One step; a plan without rows when there is nothing to do."""
-        plan = self.scheduler.plan()
-        if plan.rows:
-            for delta in self.scheduler.commit(plan, self.runner.step(plan)):
-                self.answers[delta.request_id].add(delta)
+        """One step, as the core drives it; a plan without rows when there is nothing to do."""
+        flights = self._flights
+        while len(flights) <= self.steps_ahead:
+            plan = self.scheduler.plan(after=flights[-1][0] if flights else None)
+            if not plan.rows:
+                break
+            flights.append((plan, self.runner.launch(plan)))
+        if not flights:
+            return plan
+        plan, step = flights.popleft()
+        for delta in self.scheduler.commit(plan, step.collect()):
+            self.answers[delta.request_id].add(delta)
         return plan
+
+    def abort(self, request_id: str) -> None:
+        """End a request, as a client that leaves does."""
+        if last := self.scheduler.abort(request_id):
+            self.answers[request_id].add(last)
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
         """Step until nothing is left to do, or ``until`` says so."""
-        while self.scheduler.has_work and not until():
+        while (self.scheduler.has_work or self._flights) and not until():
             self.step()
         self.scheduler.check_integrity()
 

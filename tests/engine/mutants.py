@@ -18,6 +18,7 @@ _SOURCES = (
     "engine.cache",
     "engine.fairness",
     "engine.steps",
+    "engine.ahead",
     "engine.seats",
     "engine.scheduler",
 )
