@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from engine.blocks import InvariantError
 from engine.fairness import Accounts
+from engine.newcomers import Newcomers
 from engine.steps import Plan
 
 __all__ = ["Outstanding"]
@@ -24,14 +25,19 @@ __all__ = ["Outstanding"]
 class Outstanding:
     """The plans that were made and not committed, and what is assumed of the first.
 
-    A step that is planned after another will be computed for certain once that one is launched, so
-    tenants are charged for the first as soon as the second is planned.
+    What is followed was launched and will be computed, so it is charged by then, not at its commit.
     """
 
-    def __init__(self, accounts: Accounts) -> None:
+    def __init__(self, accounts: Accounts, newcomers: Newcomers) -> None:
         self._accounts = accounts
+        self._newcomers = newcomers
         self._plans: list[Plan] = []
         self._assumed: Plan | None = None
+
+    @property
+    def only(self) -> Plan | None:
+        """The one that is there, if nothing was planned after it."""
+        return self._plans[0] if len(self._plans) == 1 and self._assumed is None else None
 
     def replace(self) -> None:
         """Forget all of them: the next plan starts from what is committed."""
@@ -51,7 +57,7 @@ class Outstanding:
         if self._assumed is plan:  # there was a second one: it is replaced
             self._accounts.forget_plan()
         else:
-            self._accounts.settle()
+            self._charge(plan)
             plan.assume()
             self._assumed = plan
         del self._plans[1:]
@@ -66,9 +72,13 @@ class Outstanding:
         if not self._plans or plan is not self._plans[0]:
             raise InvariantError("commit() takes the plans in their order, each once")
         del self._plans[0]
-        if not self._plans:
-            self._accounts.settle()
+        if self._assumed is None:
+            self._charge(plan)
         self._settle()
+
+    def _charge(self, plan: Plan) -> None:
+        self._accounts.settle()
+        self._newcomers.computed(plan.num_tokens, alone=plan.alone)
 
     def _settle(self) -> None:
         if self._assumed is not None:

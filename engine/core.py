@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 _PROMPT_STEPS = 2
 """An abort whose blocks were free after no more steps came in time."""
+_LONG_STEP = 16
+"""Tokens from which a step is worth looking up from: fewer end soon anyway."""
 _KEPT_ENDS = 64
 """Steps over which an abort can be traced back; a longer way counts as so many."""
 
@@ -46,10 +48,11 @@ class Launched(Protocol):
 class Forward(Protocol):
     """What turns a plan into tokens."""
 
-    def launch(self, plan: Plan) -> Launched:
+    def launch(self, plan: Plan, between: Callable[[], None]) -> Launched:
         """Begin to compute the plan's rows and to draw a token for those that sample.
 
-        A device computes steps in the order in which they are launched.
+        A device computes steps in the order in which they are launched. ``between`` is called now
+        and then meanwhile; when it raises, the step is left as not computed.
         """
         ...
 
@@ -57,6 +60,10 @@ class Forward(Protocol):
 class _Flight(NamedTuple):
     plan: Plan
     step: Launched
+
+
+class _GivesWay(Exception):
+    """The running step is dropped for a request that came meanwhile."""
 
 
 class StepFailed(Exception):
@@ -74,6 +81,10 @@ def is_lack_of_memory(error: BaseException | None) -> bool:
     names = [kind.__name__ for kind in type(error).__mro__]
     typed = "MemoryError" in names or "OutOfMemoryError" in names
     return typed or "can't allocate memory" in str(error)
+
+
+def _go_on() -> None:
+    pass
 
 
 class Core:
@@ -107,6 +118,7 @@ class Core:
         self._check_integrity = check_integrity
         self._flights: deque[_Flight] = deque()
         self._steps = 0
+        self._dropped_steps = 0
         self._step_s = 0.0
         self._busy_s = 0.0
         self._step_ends_s: deque[float] = deque(maxlen=_KEPT_ENDS)
@@ -121,9 +133,13 @@ class Core:
 
     def turn(self) -> None:
         """Do one round: take what has come, compute one step, hand out what it brought."""
-        deltas = self._receive()
+        has_work = self._scheduler.has_work or self._flights
+        deltas = self._receive(0.0 if has_work else HEARTBEAT_S)
         started = time.monotonic()
-        self._launch()
+        try:
+            self._launch(deltas)
+        except _GivesWay:
+            self._dropped_steps += 1
         if self._flights:
             plan, step = self._flights.popleft()
             output = self._attempt(plan, step.collect)
@@ -133,19 +149,29 @@ class Core:
             self._scheduler.check_integrity()
         self._link.send(Step(deltas, self.stats()))
 
-    def _launch(self) -> None:
+    def _launch(self, deltas: list[Delta]) -> None:
         """Launch the next step, and then what may be ahead of it."""
+
+        def look_up() -> None:
+            # What is aborted here frees blocks that the step may still write to, but nobody is
+            # given them before the next plan.
+            deltas.extend(self._receive(0.0))
+            if self._scheduler.gives_way():
+                raise _GivesWay
+
         while len(self._flights) <= self._steps_ahead:
             plan = self._scheduler.plan(after=self._flights[-1].plan if self._flights else None)
             if not plan.rows:
                 return
-            step = self._attempt(plan, partial(self._runner.launch, plan))
-            self._flights.append(_Flight(plan, step))
+            # Where steps are only launched here, this is not the time that they take.
+            looks = plan.num_tokens >= _LONG_STEP and not self._steps_ahead
+            launch = partial(self._runner.launch, plan, look_up if looks else _go_on)
+            self._flights.append(_Flight(plan, self._attempt(plan, launch)))
 
     def _attempt(self, plan: Plan, call: Callable[[], T]) -> T:
         try:
             return call()
-        except LinkClosed:  # the server went away in the middle of it
+        except (LinkClosed, _GivesWay):  # LinkClosed: the server went away in the middle of it
             raise
         except Exception as error:
             # Which of its requests is to blame is not known here, nor what the failed step left
@@ -158,6 +184,7 @@ class Core:
         return EngineStats(
             **self._scheduler.stats(),
             steps=self._steps,
+            dropped_steps=self._dropped_steps,
             step_s=self._step_s,
             busy_s=self._busy_s,
             aborts=self._aborts,
@@ -165,10 +192,9 @@ class Core:
             late_aborts=self._late_aborts,
         )
 
-    def _receive(self) -> list[Delta]:
-        """Apply incoming messages; wait for them only when there is nothing to compute."""
+    def _receive(self, timeout_s: float) -> list[Delta]:
+        """Apply incoming messages, waiting up to ``timeout_s`` for the first of them."""
         deltas = []
-        timeout_s = 0.0 if self._scheduler.has_work or self._flights else HEARTBEAT_S
         for message in self._link.receive(timeout_s):
             match message:
                 case Submit(request):

@@ -42,6 +42,10 @@ _TORCH_DTYPES = {
 }
 
 
+def _nothing() -> None:
+    pass
+
+
 class LaunchedStep(NamedTuple):
     """A step whose results are on their way."""
 
@@ -80,6 +84,7 @@ class Runner:
         pulse: Pulse | None = None,
     ) -> None:
         self._pulse = Pulse() if pulse is None else pulse
+        self._between = _nothing
         directory = resolve_model(config.model, on_progress)
         model_config = read_model_config(directory)
         defaults = read_sampling_defaults(directory)
@@ -121,7 +126,7 @@ class Runner:
                 max_rows,
                 act,
                 self._device,
-                beat=self._pulse.beat,
+                beat=self._beat,
             )
             self._cache = _allocate_cache(
                 config, model_config, max_model_len, source.dtype, self._device
@@ -160,11 +165,17 @@ class Runner:
         return self.launch(plan).collect()
 
     @torch.inference_mode()
-    def launch(self, plan: Plan) -> LaunchedStep:
-        """Begin with a step; on a CPU, which has nobody else to do it, this computes all of it."""
+    def launch(self, plan: Plan, between: Callable[[], None] = _nothing) -> LaunchedStep:
+        """Begin with a step; on a CPU, which has nobody else to do it, this computes all of it.
+
+        ``between`` is called after each half of a layer and may raise: then the step was not
+        computed, and what it wrote to blocks is written again by whatever step computes these
+        positions.
+        """
         arrivals = Arrivals(self._device)
         if not plan.rows:
             return LaunchedStep(arrivals, None, {})
+        self._between = between
         self._pulse.begin(plan.num_tokens)
         batch = self._builder.build(plan)
         self._sampler.enter(batch)
@@ -179,6 +190,10 @@ class Runner:
             arrivals,
         )
         return LaunchedStep(arrivals, drawn, prompts)
+
+    def _beat(self) -> None:
+        self._pulse.beat()
+        self._between()
 
     def _logits(self, hidden: torch.Tensor, start: int, end: int) -> torch.Tensor:
         """Logits ``[end - start, V]`` of these output rows, valid until the next call."""

@@ -29,7 +29,8 @@ from engine.ahead import Outstanding
 from engine.blocks import InvariantError
 from engine.cache import CacheManager
 from engine.errors import RequestError
-from engine.fairness import Account, Accounts, Bids, TokenCosts, turn_of
+from engine.fairness import Account, Accounts, Bids, TokenCosts
+from engine.newcomers import Newcomers
 from engine.seats import Seats, WouldPreempt
 from engine.steps import Phase, Plan, RequestState, Row, StepOutput, check_request
 from engine.types import Delta, FinishReason, Request, TokenLogprobs
@@ -80,9 +81,10 @@ class Scheduler:
         slack = max_num_tokens * costs.prompt + num_seats * costs.decode
         self._accounts = Accounts(slack)
         self._seats = Seats(cache, self._accounts, max_num=num_seats, cached_cost=costs.cached)
+        self._newcomers = Newcomers(self._accounts, self._seats, max(1, max_num_tokens // 2))
         self._requests: dict[str, RequestState] = {}
         self._arrivals = 0
-        self._outstanding = Outstanding(self._accounts)
+        self._outstanding = Outstanding(self._accounts, self._newcomers)
         self._prompt_tokens = 0
         self._generation_tokens = 0
 
@@ -167,32 +169,43 @@ class Scheduler:
             return _NOTHING
         self._seats.preempts = after is None
         try:
-            rows = self._choose(ahead=after is not None)
+            plan = self._choose(ahead=after is not None)
         except WouldPreempt:
             self._accounts.forget_plan()
             return _NOTHING
-        plan = Plan(rows, sum([row.num_new for row in rows]))
         self._outstanding.add(plan)
         return plan
 
-    def _choose(self, *, ahead: bool) -> list[Row]:
-        """The rows of the next step, charged; ``ahead``: the one before it is computed."""
+    def _choose(self, *, ahead: bool) -> Plan:
+        """The next step, charged; ``ahead``: the one before it is computed."""
         self._seats.admit_urgent()
-        running = self._seats.in_turn()
-        if ahead:
-            running = [state for state in running if not state.is_ending]
         rows: list[Row] = []
         behind: dict[Account, deque[RequestState]] = {}
-        if (state := self._newcomer(running)) is not None:
-            behind[state.account] = deque([state])
+        newcomer = self._newcomers.next()
+        if newcomer is not None:
+            budget = min(self._max_num_tokens, self._newcomers.room)
+            rows.append(self._chunk(newcomer, budget))
         else:
+            running = self._seats.in_turn()
+            if ahead:
+                running = [state for state in running if not state.is_ending]
             self._plan_single_tokens(running, rows, behind)
-        budget = self._max_num_tokens - len(rows)
-        if behind or self._accounts.num_waiting:
-            if self._accounts.num_tenants > 1 and (rows or state is not None):
-                budget = min(budget, self._shared_prompt_tokens)
-            self._plan_prompts(rows, behind, budget, admitting=state is None)
-        return rows
+            budget = self._max_num_tokens - len(rows)
+            if behind or self._accounts.num_waiting:
+                if self._accounts.num_tenants > 1 and rows:
+                    budget = min(budget, self._shared_prompt_tokens)
+                self._plan_prompts(rows, behind, budget)
+        return Plan(rows, sum([row.num_new for row in rows]), newcomer is not None)
+
+    def gives_way(self) -> bool:
+        """Whether the latest plan is better dropped than computed, for a request that came since.
+
+        Whoever asks may go on all the same; else the next ``plan()`` replaces it.
+        """
+        plan = self._outstanding.only
+        if plan is None or plan.alone:
+            return False
+        return self._newcomers.interrupt(plan.num_tokens)
 
     def commit(self, plan: Plan, output: StepOutput) -> list[Delta]:
         """Enter the outcome of a plan, the earlier of two first; returns what it added, in order.
@@ -244,29 +257,6 @@ class Scheduler:
             raise InvariantError(f"requests neither wait nor run: {sorted(self._requests)}")
         self._seats.check_integrity()
 
-    def _newcomer(self, running: list[RequestState]) -> RequestState | None:
-        """A tenant's only request, which has no token yet, while others' answers run.
-
-        If nobody was served less, the step is its alone: others lose that one step, and the charge
-        for it puts them first in the next. Otherwise its first token would wait for steps as long
-        as others' rows make them.
-        """
-        if not running or self._accounts.num_tenants == 1:
-            return None
-        least = turn_of(running[0])[:2]
-        head = self._accounts.head()
-        if head is not None and head.account.num_running == 0 and turn_of(head)[:2] <= least:
-            if head.num_output == 0 and _has_company(head, running) and self._seats.admit(head):
-                return head
-            return None
-        for state in running:
-            if turn_of(state)[:2] > least:
-                break
-            alone = state.account.num_running == 1 and state.num_output == 0
-            if alone and state.num_left > 1:
-                return state if _has_company(state, running) else None
-        return None
-
     def _plan_single_tokens(
         self,
         running: list[RequestState],
@@ -292,15 +282,13 @@ class Scheduler:
         rows: list[Row],
         behind: dict[Account, deque[RequestState]],
         budget: int,
-        *,
-        admitting: bool,
     ) -> None:
         """Give what is left of the budget to those behind and to those waiting, in turn.
 
         Each row is charged before the next is chosen. When the first in turn cannot be let in,
         nobody is let in past it.
         """
-        bids = Bids(self._accounts.queued(), behind, admitting)
+        bids = Bids(self._accounts.queued(), behind)
         while budget > 0 and (state := bids.next()) is not None:
             if state.phase is Phase.WAITING and not self._seats.admit(state):
                 bids.admitting = False
@@ -374,9 +362,3 @@ class Scheduler:
             self._accounts.remove(state)
         self._finish(state)
         return state.last_delta(reason, error)
-
-
-def _has_company(state: RequestState, running: list[RequestState]) -> bool:
-    """Whether another tenant's request runs, too."""
-    tenant = state.request.tenant
-    return any(other.request.tenant != tenant for other in running)

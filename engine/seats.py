@@ -55,6 +55,11 @@ class Seats:
         self.queried_tokens = 0
         self.preemptions = 0
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a seat is free."""
+        return len(self.running) < self._max_num
+
     def in_turn(self) -> list[RequestState]:
         """Running requests, the first in turn first; a new list."""
         if self._accounts.num_active > 1:
@@ -105,7 +110,7 @@ class Seats:
     def admit(self, head: RequestState) -> bool:
         """Move a waiting request to a seat, if there is one and its tokens fit."""
         num_running = len(self.running)
-        if num_running >= self._max_num:
+        if not self.has_room:
             return False
         use_cache = not head.wants_prompt_logprobs
         headroom = -(-num_running * _HEADROOM_STEPS // self._cache.block_size)

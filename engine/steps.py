@@ -237,6 +237,8 @@ class Plan(NamedTuple):
     rows: list[Row]
     num_tokens: int
     """New tokens over all rows."""
+    alone: bool = False
+    """It is a newcomer's, who has the step to itself."""
 
     def check(self, output: StepOutput) -> None:
         """Raise InvariantError unless ``output`` has what each row that samples brings."""

@@ -172,6 +172,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
     COUNTERS: ClassVar = (
         "steps",
+        "dropped_steps",
         "prompt_tokens",
         "cached_tokens",
         "queried_tokens",
@@ -192,6 +193,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     cached_blocks: int = 0
     """Of the free ones, those that hold a reusable prefix."""
     steps: int = 0
+    dropped_steps: int = 0
+    """Steps that were begun and left for a newcomer's first token."""
     prompt_tokens: int = 0
     """Prompt tokens computed (not those taken from the cache)."""
     cached_tokens: int = 0

@@ -152,7 +152,8 @@ class Workspace:
     """Memory for the activations of any step, allocated once and used by every step.
 
     Fixed addresses are what CUDA graphs need; on a CPU, pages that no step was large enough to
-    touch cost nothing. A model calls ``beat`` after each layer, which shows that it comes further.
+    touch cost nothing. A model calls ``beat`` after each half of a layer, which shows that it comes
+    further.
     """
 
     def __init__(

@@ -18,8 +18,9 @@ _SOURCES = (
     "engine.cache",
     "engine.fairness",
     "engine.steps",
-    "engine.ahead",
     "engine.seats",
+    "engine.newcomers",
+    "engine.ahead",
     "engine.scheduler",
 )
 _LONG = os.environ.get("MILLRACE_HYPOTHESIS") == "long"

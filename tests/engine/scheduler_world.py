@@ -161,7 +161,7 @@ class World:
         self.modules = modules
         self.live: dict[str, _Record] = {}
         self.done: list[_Record] = []
-        self.deaths = 0
+        self.deaths = self.dropped = 0
         self.steps_ahead = 0
         """Steps that were launched before the one ahead of them was committed."""
         self._arrivals = 0
@@ -242,12 +242,21 @@ class World:
         assert self.scheduler.abort(request_id) is None
         self.scheduler.check_integrity()
 
-    def step(self, meanwhile: Callable[[], None] | None = None) -> int:
-        """Launch what may be launched and commit one step; returns its number of rows."""
+    def step(self, meanwhile: Callable[[], object] | None = None) -> int:
+        """Launch what may be launched and commit one step; returns its number of rows.
+
+        After what happens ``meanwhile`` the scheduler may want the step dropped, where nothing is
+        launched ahead: it computed some or all of its rows, and nobody is told.
+        """
         while len(self.flights) <= self.settings.steps_ahead and self._launch():
             pass
         if meanwhile is not None:
             meanwhile()
+            if not self.settings.steps_ahead and self.scheduler.gives_way():
+                self.dropped += 1
+                self.flights.clear()
+                self.scheduler.check_integrity()
+                return 0
         if not self.flights:
             return 0
         flight = self.flights.popleft()
@@ -489,24 +498,26 @@ def drive(settings: WorldSettings, modules: Any, seed: int, num_actions: int = 6
             head = shared[: rng.randrange(settings.max_model_len - 1)]
             tail = [rng.randrange(1, VOCABULARY) for _ in range(rng.randrange(1, 4))]
             count += 1
-            world.add(
-                request_of(
-                    f"r{count}",
-                    head + tail,
-                    max_tokens=rng.randrange(1, 12),
-                    min_tokens=rng.choice([0, 0, 3]),
-                    ignore_eos=rng.random() < 0.6,
-                    stop_token_ids=rng.choice([(), (), (2,)]),
-                    logprobs=rng.choice([None, 1]),
-                    presence_penalty=rng.choice([0.0, 0.0, 0.0, 0.0, 0.5]),
-                    prompt_logprobs=rng.choice([None, None, 0]),
-                    priority=rng.choice([0, 0, 0, -1, 2]),
-                    cache_salt=rng.choice(["", "", "other"]),
-                    tenant=rng.choice(tenants),
-                    due_s=rng.choice(dues),
-                    weight=rng.choice([1.0, 1.0, 3.0]),
-                )
+            request = request_of(
+                f"r{count}",
+                head + tail,
+                max_tokens=rng.randrange(1, 12),
+                min_tokens=rng.choice([0, 0, 3]),
+                ignore_eos=rng.random() < 0.6,
+                stop_token_ids=rng.choice([(), (), (2,)]),
+                logprobs=rng.choice([None, 1]),
+                presence_penalty=rng.choice([0.0, 0.0, 0.0, 0.0, 0.5]),
+                prompt_logprobs=rng.choice([None, None, 0]),
+                priority=rng.choice([0, 0, 0, -1, 2]),
+                cache_salt=rng.choice(["", "", "other"]),
+                tenant=rng.choice(tenants),
+                due_s=rng.choice(dues),
+                weight=rng.choice([1.0, 1.0, 3.0]),
             )
+            if rng.random() < 0.7:
+                world.add(request)
+            else:
+                world.step(partial(world.add, request))
         elif action < 0.42 and world.live:
             victim = rng.choice(sorted(world.live))
             if rng.random() < 0.5:

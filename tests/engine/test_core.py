@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
@@ -66,7 +67,7 @@ class CountingRunner:
     def __init__(self) -> None:
         self.plans = 0
 
-    def launch(self, plan: Plan) -> Launched:
+    def launch(self, plan: Plan, between: Callable[[], None] = lambda: None) -> Launched:
         self.plans += 1
         rows = [row for row in plan.rows if row.samples]
         ids = [row.state.token_ids[-1] + 1 + row.state.num_unknown for row in rows]
@@ -108,7 +109,7 @@ def test_a_step_is_launched_before_the_one_ahead_of_it_is_collected() -> None:
     events: list[str] = []
 
     class Watched(CountingRunner):
-        def launch(self, plan: Plan) -> Launched:
+        def launch(self, plan: Plan, between: Callable[[], None] = lambda: None) -> Launched:
             number = self.plans
             step = super().launch(plan)
             events.append(f"launch {number}")
@@ -133,7 +134,7 @@ def test_what_was_launched_after_the_last_token_is_collected_and_passed_over() -
     link = ScriptedLink([submit("a", [98], 9)], [], [], [], [])
 
     class Ending(CountingRunner):
-        def launch(self, plan: Plan) -> Launched:
+        def launch(self, plan: Plan, between: Callable[[], None] = lambda: None) -> Launched:
             self.plans += 1
             return Computed(StepOutput([0 if self.plans == 2 else 50], [None], {}))
 
@@ -213,7 +214,7 @@ def test_known_output_is_continued_or_found_complete() -> None:
 )
 def test_a_step_that_fails_ends_the_loop_and_says_why(cause: Exception, is_memory: bool) -> None:
     class Failing(CountingRunner):
-        def launch(self, plan: Plan) -> Launched:
+        def launch(self, plan: Plan, between: Callable[[], None] = lambda: None) -> Launched:
             raise cause
 
     link = ScriptedLink([submit("a", [10, 11], 3), submit("b", [20], 2)], [])
@@ -231,16 +232,33 @@ def test_an_abort_is_answered_in_the_same_round() -> None:
     assert link.sent[-1].stats.free_blocks == 32
 
 
+def test_a_step_is_dropped_for_a_newcomer_and_computed_later() -> None:
+    class LooksUp(CountingRunner):
+        def launch(self, plan: Plan, between: Callable[[], None] = lambda: None) -> Launched:
+            between()
+            return super().launch(plan, between)
+
+    crowd: list[ToEngine] = [submit(f"a{n}", [10] * (2 + 2 * (n == 0)), 2) for n in range(7)]
+    newcomer = msgspec.structs.replace(submit("b", [50], 1).request, tenant="other")
+    link = ScriptedLink(crowd, [Submit(newcomer)], [], [], [], [])
+    run(link, LooksUp())
+    named = [[delta.request_id for delta in step.deltas] for step in link.sent]
+    everyone = [f"a{n}" for n in range(7)]
+    assert named == [[], ["b"], everyone, everyone]
+    assert link.sent[-1].stats.dropped_steps == 1
+    assert [delta.token_ids for delta in link.deltas("a0")] == [[11], [12]]
+
+
 @pytest.mark.parametrize("at_plan", [1, 2, 3, 7])
 def test_an_abort_frees_its_blocks_within_two_steps(at_plan: int) -> None:
     """It comes while a step is computed in which its request has a row: as late as may be."""
     held: dict[int, int] = {}
 
     class Interrupted(CountingRunner):
-        def launch(self, plan: Plan) -> Launched:
+        def launch(self, plan: Plan, between: Callable[[], None] = lambda: None) -> Launched:
             if self.plans + 1 == at_plan:
                 link.rounds[0].append(Abort("a", time.monotonic()))
-            step = super().launch(plan)
+            step = super().launch(plan, between)
             held[self.plans] = len({block for row in plan.rows for block in row.state.block_ids[0]})
             return step
 

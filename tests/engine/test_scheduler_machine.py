@@ -96,6 +96,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         record = data.draw(st.sampled_from(self.world.done))
         self.submit(record.request.prompt_ids + record.tokens + tail[:3], options)
 
+    @rule(prompt=PROMPTS, options=options)
+    def add_during_a_step(self, prompt: list[int], options: dict[str, Any]) -> None:
+        self.world.step(lambda: self.submit(prompt, options))
+
     @rule(steps=st.integers(1, 6))
     def step(self, steps: int) -> None:
         for _ in range(steps):
@@ -135,15 +139,17 @@ TestScheduler = pytest.mark.timeout(MACHINE_TIMEOUT_S)(SchedulerMachine.TestCase
 
 
 def test_random_worlds_exercise_what_they_are_for() -> None:
-    preemptions = cached = ahead = 0
-    for seed in range(60):
+    preemptions = cached = dropped = ahead = 0
+    for seed in range(120):
         world = drive(random_settings(seed), real_modules(), seed)
         preemptions += world.total("preemptions")
+        dropped += world.dropped
         cached += world.total("cached_tokens")
         ahead += world.steps_ahead
     assert ahead > 200
     assert preemptions > 20
     assert cached > 200
+    assert dropped > 10
 
 
 CACHE, SCHEDULER, BLOCKS = "engine.cache", "engine.scheduler", "engine.blocks"
