@@ -16,7 +16,7 @@ import torch
 from engine.steps import Plan, RequestState, Row
 from engine.transfer import Staging
 
-__all__ = ["Batch", "BatchBuilder", "PromptRows"]
+__all__ = ["Batch", "BatchBuilder", "DecodeRows", "PromptRows"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -64,10 +64,30 @@ class Batch(NamedTuple):
         return len(self.samplers)
 
 
-class _Line:
-    """The owner of a row slot and how much of its block list the table has."""
+class DecodeRows(NamedTuple):
+    """A step in which every request has one new token and draws the next: numbers a row."""
 
-    __slots__ = ("blocks", "groups", "num_blocks", "slot", "state")
+    row_slots: Ints  # [R]
+    positions: Ints  # [R]
+    slots: Ints  # [R] where each token's keys and values go
+    known: list[tuple[int, int]]
+    """Row slots whose token was not drawn in the latest step that they had, and that token."""
+    table: tuple[Ints, npt.NDArray[np.int32]] | None
+    """Places in the flat block table, ``[slots, max_blocks]``, and their new blocks; None: nothing
+    changed since the last such step."""
+    entered: list[tuple[int, RequestState]]
+    """As in ``Batch``."""
+
+    @classmethod
+    def of(cls, row_slots: Ints, positions: Ints, slots: Ints) -> DecodeRows:
+        """Rows of requests that were there in the step before."""
+        return cls(row_slots, positions, slots, [], None, [])
+
+
+class _Line:
+    """The owner of a row slot, how much of its block list the table has, and what it drew."""
+
+    __slots__ = ("blocks", "drawn_at", "groups", "num_blocks", "slot", "state")
 
     def __init__(self, slot: int, state: RequestState) -> None:
         self.slot = slot
@@ -75,6 +95,8 @@ class _Line:
         self.groups = state.block_ids
         self.blocks: list[int] | None = None
         self.num_blocks = 0
+        self.drawn_at: int | None = None
+        """Index in the sequence of the token that was drawn last under this slot."""
 
 
 class _Columns(NamedTuple):
@@ -100,6 +122,8 @@ class BatchBuilder:
         max_model_len: most tokens of a request.
         device: where the model runs.
         steps_ahead: steps that are built before the tokens of the one before them are known.
+        keeps_draws: name the row slots of drawn tokens, for whoever keeps them on the device; where
+            steps run ahead somebody must.
     """
 
     def __init__(
@@ -110,13 +134,16 @@ class BatchBuilder:
         max_model_len: int,
         device: torch.device,
         steps_ahead: int = 0,
+        keeps_draws: bool = False,
     ) -> None:
-        self._steps_ahead = steps_ahead
+        self._keeps_draws = keeps_draws or steps_ahead > 0
         self._block_size = block_size
         max_blocks = -(-max_model_len // block_size)
         self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._lines: dict[int, _Line] = {}  # by id() of the state, which the line keeps alive
+        self._changed: dict[int, tuple[int, int]] = {}
+        """By row slot, the first and the end of the blocks that ``decode`` did not tell of yet."""
         longs, ints = 4 * max_num_tokens + 3 * max_num_seqs, self._table.size + 2 * max_num_seqs + 1
         self._longs = Staging(longs, torch.int64, device, turns=1 + steps_ahead)
         self._ints = Staging(ints, torch.int32, device, turns=1 + steps_ahead)
@@ -151,13 +178,44 @@ class BatchBuilder:
             sampler_slots=row_slots[picked],
             prompt_rows=prompt_rows,
             entered=entered,
-            drawing=longs[4] if self._steps_ahead else None,
+            drawing=longs[4] if self._keeps_draws else None,
             unknown=(longs[5], longs[6]) if columns.unknown else None,
         )
 
+    def decode(self, plan: Plan) -> DecodeRows:
+        """A plan whose rows all have one new token and sample, for those who keep what they know.
+
+        Their tokens must have been kept by row slot in every step before.
+        """
+        entered = self._assign(plan.rows)
+        row_slots, starts, known = [], [], []
+        for state, start, *_ in plan.rows:
+            line = self._lines[id(state)]
+            blocks = line.groups[0]
+            if len(blocks) != line.num_blocks or blocks is not line.blocks:
+                self._extend(line, blocks)
+            if line.drawn_at != start:
+                known.append((line.slot, state.token_ids[start]))
+            line.drawn_at = start + 1
+            row_slots.append(line.slot)
+            starts.append(start)
+        lines, positions = np.array(row_slots), np.array(starts)
+        blocks_at = self._table[lines, positions // self._block_size].astype(np.int64)
+        slots = blocks_at * self._block_size + positions % self._block_size
+        return DecodeRows(lines, positions, slots, known, self._take_changes(), entered)
+
+    def _take_changes(self) -> tuple[Ints, npt.NDArray[np.int32]] | None:
+        if not self._changed:
+            return None
+        changes, width = self._changed.items(), self._table.shape[1]
+        places = [np.arange(slot * width + a, slot * width + b) for slot, (a, b) in changes]
+        blocks = [self._table[slot, a:b] for slot, (a, b) in changes]
+        self._changed = {}
+        return np.concatenate(places), np.concatenate(blocks)
+
     def _ahead(self, columns: _Columns) -> list[Ints]:
         """What a step needs besides, of which the next is built before its tokens are known."""
-        if not self._steps_ahead:
+        if not self._keeps_draws:
             return []
         unknown = np.array([columns.unknown, columns.unknown_slots], dtype=np.int64)
         return [columns.row_slots[columns.picked], *unknown]
@@ -185,6 +243,7 @@ class BatchBuilder:
             counts.append(num_new)
             row_slots.append(line.slot)
             if samples:
+                line.drawn_at = start + num_new
                 samplers.append(row)
                 picked.append(index)
         return _Columns(
@@ -226,6 +285,8 @@ class BatchBuilder:
         """
         known = line.num_blocks if blocks is line.blocks and len(blocks) > line.num_blocks else 0
         self._table[line.slot, known : len(blocks)] = blocks[known:]
+        first, _ = self._changed.get(line.slot, (known, 0))
+        self._changed[line.slot] = min(first, known), len(blocks)
         line.blocks, line.num_blocks = blocks, len(blocks)
 
 

@@ -17,6 +17,7 @@ from engine.cgroups import cpu_limit
 from engine.config import Device, Dtype, EngineConfig, Quantization
 from engine.errors import ConfigError
 from engine.generation_config import read_sampling_defaults
+from engine.graphs import CudaRecorder, Graphs, Recorder, bucket_sizes
 from engine.hub import resolve_model
 from engine.loader import WeightSource
 from engine.memory import available_bytes, num_kv_blocks, zeroed_memory
@@ -24,6 +25,7 @@ from engine.model_config import ModelConfig, read_model_config
 from engine.models import KVCache, Model, Workspace, family_of, kv_block_bytes
 from engine.pulse import Pulse
 from engine.quantisation import SCHEMES
+from engine.resident import Resident
 from engine.sampler import Drawn, Entries, Sampler
 from engine.scheduler import Scheduler
 from engine.steps import Plan, StepOutput
@@ -71,6 +73,8 @@ class Runner:
         config: what to load and how much memory to use.
         on_progress: called with what is going on and its finished fraction, 0 to 1.
         pulse: told of every piece of a step that is done.
+        recorder: what records steps that only decode; None: the device's own, if it has one and
+            ``config`` wants it.
 
     Raises:
         CheckpointError: the model is missing, damaged or not supported.
@@ -82,6 +86,7 @@ class Runner:
         config: EngineConfig,
         on_progress: Callable[[str, float], None] = lambda stage, fraction: None,
         pulse: Pulse | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._pulse = Pulse() if pulse is None else pulse
         self._between = _nothing
@@ -132,6 +137,8 @@ class Runner:
                 config, model_config, max_model_len, source.dtype, self._device
             )
         self.steps_ahead = _steps_ahead(config.steps_ahead, self._device)
+        if recorder is None and config.cuda_graphs and self._device.type == "cuda":
+            recorder = CudaRecorder(self._device)
         self._builder = BatchBuilder(
             config.block_size,
             config.max_num_tokens,
@@ -139,6 +146,7 @@ class Runner:
             max_model_len,
             self._device,
             self.steps_ahead,
+            keeps_draws=recorder is not None,
         )
         self._sampler = Sampler(
             ops, model_config.vocab_size, model_config.eos_token_ids, max_rows, self._device
@@ -157,7 +165,15 @@ class Runner:
             quantization=_quantization_of(model_config, config),
         )
         on_progress("warming up", 0.0)
+        self._graphs: Graphs | None = None
         self._warm_up(min(32, config.max_num_tokens, max_model_len - 1))
+        if recorder is not None:
+            max_blocks = -(-max_model_len // config.block_size)
+            self._resident = Resident(
+                ops, self._sampler, max_rows, max_blocks, self._device, self.steps_ahead
+            )
+            on_progress("recording steps", 0.0)
+            self._graphs = self._record(recorder, bucket_sizes(max_rows))
         on_progress("ready", 1.0)
 
     def step(self, plan: Plan) -> StepOutput:
@@ -177,6 +193,8 @@ class Runner:
             return LaunchedStep(arrivals, None, {})
         self._between = between
         self._pulse.begin(plan.num_tokens)
+        if self._graphs is not None and plan.only_decodes:
+            return LaunchedStep(arrivals, self._replay(self._graphs, plan, arrivals), {})
         batch = self._builder.build(plan)
         self._sampler.enter(batch)
         self._sampler.fill(batch)
@@ -190,6 +208,22 @@ class Runner:
             arrivals,
         )
         return LaunchedStep(arrivals, drawn, prompts)
+
+    def _replay(self, graphs: Graphs, plan: Plan, arrivals: Arrivals) -> Drawn:
+        rows = self._builder.decode(plan)
+        self._sampler.enter(rows)
+        self._resident.update(rows)
+        num_rows = len(plan.rows)
+        graphs.replay(num_rows)
+        return Drawn(arrivals.bring(self._resident.drawn[:num_rows], reused=True), None, [])
+
+    @torch.inference_mode()
+    def _record(self, recorder: Recorder, sizes: list[int]) -> Graphs:
+        def decode(size: int) -> None:
+            hidden = self._model.hidden(self._resident.batch(size), self._cache, self._work)
+            self._resident.draw(self._logits(hidden, 0, size))
+
+        return Graphs(recorder, decode, sizes)
 
     def _beat(self) -> None:
         self._pulse.beat()

@@ -14,15 +14,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.batch import Batch, PromptRows
+from engine.batch import Batch, DecodeRows, PromptRows
 from engine.steps import RequestState
 from engine.transfer import Arrivals, to_device
-from engine.types import SamplingParams, TokenLogprobs
+from engine.types import TokenLogprobs
 from kernels import Ops
 
 __all__ = ["Drawn", "Entries", "Sampler"]
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
 
 _NEUTRAL_FLOATS = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 """temperature, top_p, min_p, repetition, presence, frequency of a row that asks for nothing."""
@@ -83,11 +84,6 @@ class _Extras:
         values = np.full(len(ids), -np.inf, dtype=np.float32)
         values[: kept.sum()] = self.bias_values[kept]
         return ids, values
-
-
-def _modifies(sampling: SamplingParams) -> bool:
-    """Logits change before the draw."""
-    return bool(sampling.logit_bias or sampling.min_tokens) or sampling.penalises
 
 
 class Entries(NamedTuple):
@@ -160,12 +156,15 @@ class Sampler:
         self._greedy_floats = neutral.contiguous().to(device)
         self._zero_top_k = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self._zeros = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self.drawn = self._zeros.clone()
-        """The latest token of each row slot, for steps that are built before it is known."""
+        self._entered: set[int] = set()
+        self.drawn = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
+        """The latest token of each row slot, kept for steps that are built before it is known, and
+        one more that is nobody's."""
 
-    def enter(self, batch: Batch) -> None:
+    def enter(self, batch: Batch | DecodeRows) -> None:
         """Take over the parameters of requests that got a row slot in this batch."""
         for slot, state in batch.entered:
+            self._entered.add(slot)
             sampling = state.request.sampling
             self._floats[:, slot] = (
                 sampling.temperature,
@@ -177,9 +176,21 @@ class Sampler:
             )
             self._top_k[slot] = min(sampling.top_k, self._vocab_size)
             self._seeds[slot] = sampling.seed
-            wants_more = sampling.logprobs is not None or _modifies(sampling)
+            wants_more = sampling.logprobs is not None or sampling.modifies_logits
             extras = _Extras(state, self._eos_ids, self._vocab_size) if wants_more else None
             self._extras[slot] = extras
+
+    def take_entered(self) -> Ints | None:
+        """Row slots whose parameters are others than when this was last asked; None: none are."""
+        if not self._entered:
+            return None
+        slots = np.array(sorted(self._entered))
+        self._entered.clear()
+        return slots
+
+    def parameters(self, slots: Ints) -> tuple[Floats, npt.NDArray[np.int32], Ints]:
+        """Temperature, top_p and min_p ``[3, S]``, top_k and seed ``[S]`` of these row slots."""
+        return self._floats[:3].take(slots, axis=1), self._top_k[slots], self._seeds[slots]
 
     def fill(self, batch: Batch) -> None:
         """Put the tokens that the step before drew where this batch has none yet."""
@@ -269,7 +280,7 @@ class Sampler:
         self, extras: list[_Extras | None], wanted: list[int], logits: torch.Tensor
     ) -> torch.Tensor:
         """The logits of the rows that want log-probabilities, safe from modification."""
-        modified = any(extra is not None and _modifies(extra.sampling) for extra in extras)
+        modified = any(extra is not None and extra.sampling.modifies_logits for extra in extras)
         if not modified and len(wanted) == len(logits):
             return logits
         return logits.index_select(0, self._rows(wanted))

@@ -55,12 +55,14 @@ class RequestState:
         num_pending: tokens after ``num_computed`` that a step computes while the next is planned.
         num_unknown: tokens after ``token_ids`` that this step draws: 0 or 1.
         draws_blindly: a token can be drawn before those who plan know the one before it.
+        is_plain: its draws need nothing but temperature, truncation and a seed.
     """
 
     __slots__ = (
         "account",
         "draws_blindly",
         "holding",
+        "is_plain",
         "max_len",
         "num_cached",
         "num_computed",
@@ -107,6 +109,7 @@ class RequestState:
         self.num_unknown = 0
         # Penalties count the tokens of the answer, which is done where they are known.
         self.draws_blindly = not sampling.penalises
+        self.is_plain = not sampling.modifies_logits and sampling.logprobs is None
         self.prompt_logprobs: list[TokenLogprobs] | None = (
             None if sampling.prompt_logprobs is None or request.output_ids else []
         )
@@ -248,6 +251,13 @@ class Plan(NamedTuple):
                 f"{drawn} rows sample, but the step brought {len(output.token_ids)} tokens "
                 f"and {len(output.logprobs)} logprobs"
             )
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every row computes one token and plainly draws the next."""
+        return self.num_tokens == len(self.rows) and all(
+            row.samples and row.state.is_plain and not row.prompt_logprobs for row in self.rows
+        )
 
     @property
     def can_be_followed(self) -> bool:

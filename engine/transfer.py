@@ -66,10 +66,13 @@ class Arrivals:
         if device.type == "cuda":
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def bring(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor on the host, to be read after ``wait``; on a CPU it is the tensor itself."""
+    def bring(self, tensor: torch.Tensor, *, reused: bool = False) -> torch.Tensor:
+        """The tensor on the host, to be read after ``wait``.
+
+        On a CPU it is the tensor itself, or a copy where the next step overwrites it (``reused``).
+        """
         if self._event is None:
-            return tensor
+            return tensor.clone() if reused else tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         host.copy_(tensor, non_blocking=True)
         self._event.record()

@@ -75,6 +75,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             or self.frequency_penalty != 0.0
         )
 
+    @property
+    def modifies_logits(self) -> bool:
+        """Whether logits change at all before a draw."""
+        return bool(self.logit_bias or self.min_tokens) or self.penalises
+
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One sequence to continue."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.cache import CacheManager, FullAttentionGroup
 from engine.config import Device, EngineConfig
+from engine.graphs import Recorder
 from engine.runner import LaunchedStep, Runner
 from engine.scheduler import Scheduler
 from engine.steps import Plan
@@ -44,15 +45,21 @@ class Engine:
     Args:
         model: checkpoint directory.
         num_blocks: blocks the scheduler may use, at most those the runner has; None: all.
+        recorder: for steps that only decode.
         settings: fields of EngineConfig; device cpu and one thread unless given.
     """
 
     def __init__(
-        self, model: Path | str, *, num_blocks: int | None = None, **settings: Any
+        self,
+        model: Path | str,
+        *,
+        num_blocks: int | None = None,
+        recorder: Recorder | None = None,
+        **settings: Any,
     ) -> None:
         defaults: dict[str, Any] = {"device": Device.CPU, "num_threads": 1}
         self.config = EngineConfig(model=str(model), **{**defaults, **settings})
-        self.runner = Runner(self.config)
+        self.runner = Runner(self.config, recorder=recorder)
         self._ids = count()
         self.answers: dict[str, Answer] = {}
         self.reset(num_blocks=num_blocks)
