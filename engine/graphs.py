@@ -85,15 +85,21 @@ class Graphs:
         recorder: of the device.
         step: computes a batch of so many rows; those beyond the real ones are padding.
         sizes: numbers of rows, the largest batch among them.
+        on_progress: told the fraction of sizes that are recorded.
     """
 
     def __init__(
-        self, recorder: Recorder, step: Callable[[int], None], sizes: Collection[int]
+        self,
+        recorder: Recorder,
+        step: Callable[[int], None],
+        sizes: Collection[int],
+        on_progress: Callable[[float], None] = lambda fraction: None,
     ) -> None:
         self._sizes = sorted(sizes)
-        self._recorded = {
-            size: recorder.record(partial(step, size)) for size in reversed(self._sizes)
-        }
+        self._recorded: dict[int, Recorded] = {}
+        for size in reversed(self._sizes):
+            self._recorded[size] = recorder.record(partial(step, size))
+            on_progress(len(self._recorded) / len(self._sizes))
 
     def replay(self, num_rows: int) -> None:
         """Compute a batch with ``num_rows`` real rows, at most the largest size."""

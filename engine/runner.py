@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from msgspec import structs
 
 from engine.adapter import Adapter
 from engine.batch import BatchBuilder
-from engine.cache import CacheManager, FullAttentionGroup
 from engine.cgroups import cpu_limit
 from engine.config import Device, Dtype, EngineConfig, Quantization
 from engine.errors import ConfigError
 from engine.generation_config import read_sampling_defaults
 from engine.graphs import CudaRecorder, Graphs, Recorder, bucket_sizes
 from engine.hub import resolve_model
+from engine.limits import Limits, choose_num_tokens, first_limits, measure, warm_up
 from engine.loader import WeightSource
 from engine.memory import available_bytes, num_kv_blocks, zeroed_memory
 from engine.model_config import ModelConfig, read_model_config
@@ -27,10 +28,9 @@ from engine.pulse import Pulse
 from engine.quantisation import SCHEMES
 from engine.resident import Resident
 from engine.sampler import Drawn, Entries, Sampler
-from engine.scheduler import Scheduler
 from engine.steps import Plan, StepOutput
 from engine.transfer import Arrivals
-from engine.types import ModelInfo, Request, SamplingParams
+from engine.types import ModelInfo
 from kernels import BackendUnavailable, Ops, select
 
 __all__ = ["LaunchedStep", "Runner"]
@@ -124,24 +124,31 @@ class Runner:
             self._model: Model = family(model_config, ops, source, max_model_len=max_model_len)
             # 16-bit activations would cost a CPU conversions and gain it nothing.
             act = torch.float32 if self._device.type == "cpu" else source.dtype
-            max_rows = min(config.max_num_seqs, config.max_num_tokens)
+            limits = first_limits(
+                config.max_num_tokens,
+                config.max_num_seqs,
+                on_gpu=self._device.type == "cuda",
+                token_bytes=kv_block_bytes(model_config, 1, source.dtype),
+                free_bytes=config.kv_memory_bytes or available_bytes(self._device),
+            )
+            max_num_tokens, max_rows = limits.max_num_tokens, limits.max_rows
             self._work = Workspace(
                 model_config,
-                config.max_num_tokens,
+                max_num_tokens,
                 max_rows,
                 act,
                 self._device,
                 beat=self._beat,
             )
             self._cache = _allocate_cache(
-                config, model_config, max_model_len, source.dtype, self._device
+                config, limits, model_config, max_model_len, source.dtype, self._device
             )
         self.steps_ahead = _steps_ahead(config.steps_ahead, self._device)
         if recorder is None and config.cuda_graphs and self._device.type == "cuda":
             recorder = CudaRecorder(self._device)
         self._builder = BatchBuilder(
             config.block_size,
-            config.max_num_tokens,
+            max_num_tokens,
             max_rows,
             max_model_len,
             self._device,
@@ -166,14 +173,18 @@ class Runner:
         )
         on_progress("warming up", 0.0)
         self._graphs: Graphs | None = None
-        self._warm_up(min(32, config.max_num_tokens, max_model_len - 1))
+        warm_up(self.step, self.info, min(32, max_num_tokens, max_model_len - 1))
         if recorder is not None:
             max_blocks = -(-max_model_len // config.block_size)
             self._resident = Resident(
                 ops, self._sampler, max_rows, max_blocks, self._device, self.steps_ahead
             )
-            on_progress("recording steps", 0.0)
-            self._graphs = self._record(recorder, bucket_sizes(max_rows))
+            self._graphs = self._record(
+                recorder,
+                bucket_sizes(max_rows),
+                lambda fraction: on_progress("recording steps", fraction),
+            )
+        self.limits = self._measure(limits, config) if self._device.type == "cuda" else limits
         on_progress("ready", 1.0)
 
     def step(self, plan: Plan) -> StepOutput:
@@ -218,12 +229,27 @@ class Runner:
         return Drawn(arrivals.bring(self._resident.drawn[:num_rows], reused=True), None, [])
 
     @torch.inference_mode()
-    def _record(self, recorder: Recorder, sizes: list[int]) -> Graphs:
+    def _record(
+        self, recorder: Recorder, sizes: list[int], on_progress: Callable[[float], None]
+    ) -> Graphs:
         def decode(size: int) -> None:
             hidden = self._model.hidden(self._resident.batch(size), self._cache, self._work)
             self._resident.draw(self._logits(hidden, 0, size))
 
-        return Graphs(recorder, decode, sizes)
+        return Graphs(recorder, decode, sizes, on_progress)
+
+    def _measure(self, limits: Limits, config: EngineConfig) -> Limits:
+        """Measure steps, and choose how large they become where the settings leave it open."""
+        costs = measure(self.step, self.info, limits)
+        self.info = structs.replace(self.info, step_costs=costs)
+        for cost in costs:
+            log.info(
+                "a step of %d requests and %d new tokens takes %.2f ms",
+                cost.num_rows, cost.num_tokens, cost.duration_s * 1e3,
+            )  # fmt: skip
+        if config.max_num_tokens is not None:
+            return limits
+        return limits._replace(max_num_tokens=choose_num_tokens(costs, limits))
 
     def _beat(self) -> None:
         self._pulse.beat()
@@ -235,32 +261,6 @@ class Runner:
         out = self._work.logits[: end - start]
         self._model.logits(hidden[start:end], out)
         return out
-
-    def _warm_up(self, num_tokens: int) -> None:
-        """Run a prompt and a token through everything, so that no request pays for first calls."""
-        info = self.info
-        cache = CacheManager(
-            [FullAttentionGroup()], num_blocks=info.num_blocks, block_size=info.block_size
-        )
-        scheduler = Scheduler(
-            cache,
-            max_num_tokens=num_tokens,
-            max_num_seqs=1,
-            max_model_len=info.max_model_len,
-            eos_token_ids=(),
-        )
-        for temperature in (0.0, 1.0):
-            sampling = SamplingParams(max_tokens=2, temperature=temperature, logprobs=1)
-            request = Request(
-                request_id="warm-up",
-                prompt_ids=[0] * max(1, num_tokens - 1),
-                sampling=sampling,
-                cache_salt="warm-up",
-            )
-            scheduler.add(request)
-            while scheduler.has_work:
-                plan = scheduler.plan()
-                scheduler.commit(plan, self.step(plan))
 
 
 def _steps_ahead(wanted: int | None, device: torch.device) -> int:
@@ -313,6 +313,7 @@ def _usable_cores() -> int:
 
 def _allocate_cache(
     config: EngineConfig,
+    limits: Limits,
     model: ModelConfig,
     max_model_len: int,
     dtype: torch.dtype,
@@ -323,7 +324,7 @@ def _allocate_cache(
         block_bytes=block_bytes,
         block_size=config.block_size,
         max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=limits.max_num_seqs,
         memory_bytes=config.kv_memory_bytes,
         available_bytes=available_bytes(device),
     )

@@ -20,6 +20,7 @@ __all__ = [
     "Request",
     "SamplingDefaults",
     "SamplingParams",
+    "StepCost",
     "TokenLogprobs",
     "Usage",
 ]
@@ -153,6 +154,16 @@ class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     repetition_penalty: float | None = None
 
 
+class StepCost(msgspec.Struct, frozen=True, array_like=True):
+    """What a step of a kind was measured to take on this device."""
+
+    num_rows: int
+    """Requests in it."""
+    num_tokens: int
+    """New tokens of all of them."""
+    duration_s: float
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the server must know of the loaded model."""
 
@@ -170,6 +181,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """From ``generation_config.json``; for requests that do not say."""
     quantization: str | None = None
     """How the weights are quantised, by the checkpoint or at loading; None: they are not."""
+    step_costs: tuple[StepCost, ...] = ()
+    """Measured at the start, with short contexts; on a CPU nothing is."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -66,7 +66,7 @@ class Engine:
 
     def reset(self, *, num_blocks: int | None = None, **settings: Any) -> None:
         """A new scheduler with an empty cache, and other limits than the config's if given."""
-        config, info = self.config, self.runner.info
+        config, info, limits = self.config, self.runner.info, self.runner.limits
         cache = CacheManager(
             [FullAttentionGroup()],
             num_blocks=num_blocks or info.num_blocks,
@@ -75,8 +75,8 @@ class Engine:
         )
         self.scheduler = Scheduler(
             cache,
-            max_num_tokens=settings.get("max_num_tokens", config.max_num_tokens),
-            max_num_seqs=settings.get("max_num_seqs", config.max_num_seqs),
+            max_num_tokens=settings.get("max_num_tokens", limits.max_num_tokens),
+            max_num_seqs=settings.get("max_num_seqs", limits.max_num_seqs),
             max_model_len=info.max_model_len,
             eos_token_ids=info.eos_token_ids,
             chunk_tokens=settings.get("chunk_tokens", config.chunk_tokens),
