@@ -12,6 +12,7 @@ from engine.config import (
     Device,
     Dtype,
     EngineConfig,
+    KvCacheDtype,
     Quantization,
     parse_bytes,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "EngineState",
     "EngineStats",
     "FinishReason",
+    "KvCacheDtype",
     "ModelInfo",
     "PromptTooLong",
     "Quantization",

@@ -7,20 +7,18 @@ is closed.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import signal
 import socket
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import EngineError
 from engine.link import Configure, Failed, Link, LinkClosed, Loading, Ready, Working
 from engine.pulse import Pulse
 from engine.types import ModelInfo
-from engine.zygote import Zygote
+from engine.zygote import NAME, Zygote, tell_system
 
 if TYPE_CHECKING:
     from engine.core import Core
@@ -42,15 +40,15 @@ def main() -> int:
     # A Ctrl-C in the terminal reaches the whole process group; the server decides when we stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    _tell_system("oom_score_adj", _SECOND_TO_GO)
-    _tell_system("comm", "millrace-zygote")
+    tell_system("oom_score_adj", _SECOND_TO_GO)
+    tell_system("comm", NAME)
     zygote = Zygote(socket.socket(fileno=int(sys.argv[1])))
     zygote.say(Loading("importing torch", 0.0))
     sock = zygote.serve(_import)
     if sock is None:
         return 0
-    _tell_system("oom_score_adj", _FIRST_TO_GO)
-    _tell_system("comm", "millrace-engine")
+    tell_system("oom_score_adj", _FIRST_TO_GO)
+    tell_system("comm", "millrace-engine")
     try:
         return _serve(Link(sock))
     except LinkClosed:
@@ -59,12 +57,6 @@ def main() -> int:
 
 def _import() -> None:
     from engine import cache, core, runner, scheduler  # noqa: F401 - for those that are forked
-
-
-def _tell_system(name: str, value: str) -> None:
-    """Write a file of this process's in /proc, where there is one."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self", name).write_text(value)
 
 
 def _serve(link: Link) -> int:

@@ -57,6 +57,8 @@ class Batch(NamedTuple):
     unknown: tuple[torch.Tensor, torch.Tensor] | None = None
     """Places in ``ids`` whose tokens the step before drew, and their row slots: int64 ``[U]`` each.
     What stands there means nothing yet. None: there are none."""
+    most_new: int | None = None
+    """No request has more new tokens than this; None: nobody knows."""
 
     @property
     def num_samples(self) -> int:
@@ -180,6 +182,7 @@ class BatchBuilder:
             entered=entered,
             drawing=longs[4] if self._keeps_draws else None,
             unknown=(longs[5], longs[6]) if columns.unknown else None,
+            most_new=int(counts.max()),
         )
 
     def decode(self, plan: Plan) -> DecodeRows:

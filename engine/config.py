@@ -8,14 +8,22 @@ import msgspec
 
 from engine.errors import ConfigError
 
-__all__ = ["DEFAULT_MODEL", "Device", "Dtype", "EngineConfig", "Quantization", "parse_bytes"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "Device",
+    "Dtype",
+    "EngineConfig",
+    "KvCacheDtype",
+    "Quantization",
+    "parse_bytes",
+]
 
 DEFAULT_MODEL = "pebble"
 """Name of the bundled model, which lies in ``engine/assets``."""
 
 
 class Dtype(Enum):
-    """Storage type of weights and KV cache. ``auto`` takes the checkpoint's own."""
+    """Storage type of weights, and of the KV cache. ``auto`` takes the checkpoint's own."""
 
     AUTO = "auto"
     BFLOAT16 = "bfloat16"
@@ -33,6 +41,17 @@ class Quantization(Enum):
     FP8 = "fp8"
     INT8 = "int8"
     INT4 = "int4"
+
+
+class KvCacheDtype(Enum):
+    """What keys and values are stored as.
+
+    ``auto`` is the weights' type or, where the checkpoint was made for it and the device can, 8-bit
+    floats (e4m3). ``fp8`` is those: half the memory of 16 bits, so twice the tokens.
+    """
+
+    AUTO = "auto"
+    FP8 = "fp8"
 
 
 class Device(Enum):
@@ -56,6 +75,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: Dtype = Dtype.AUTO
     quantization: Quantization = Quantization.NONE
     device: Device = Device.AUTO
+    kv_cache_dtype: KvCacheDtype = KvCacheDtype.AUTO
+    batch_invariant: bool = False
+    """Kernels that give a request the same bits alone, in any batch and in any chunking. Those of a
+    CPU do so anyway; on a GPU it costs time."""
     max_model_len: int | None = None
     """Most tokens of prompt and answer together; None: what the checkpoint states."""
     kv_memory_bytes: int | None = None

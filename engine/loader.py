@@ -8,6 +8,7 @@ by them together, and converted a piece at a time, so that memory peaks near the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -137,6 +138,27 @@ class WeightSource:
         if scheme is None or _HEAD in names or not fits(scheme, in_features):
             return weight
         return quantise(weight, scheme)
+
+    def take_scales(self, names: Sequence[str], count: int) -> torch.Tensor:
+        """One positive scale for each of ``count`` heads: float32 ``[count]``.
+
+        From the first of these tensors that is there, which holds one for each or one for all; ones
+        where none is. Raises CheckpointError when what is there is no such tensor.
+        """
+        name = next((name for name in names if name in self._files), None)
+        if name is None:
+            return torch.ones(count, device=self._device)
+        file = self._files[name]
+        if math.prod(file.shape(name)) not in (1, count):
+            raise CheckpointError(
+                f"{file.path}: tensor {name} has shape {list(file.shape(name))}; it must be one "
+                f"scale, or one for each of {count} heads"
+            )
+        scales = file.whole(name, ("BF16", "F16", "F32")).to(torch.float32).flatten()
+        if not bool((torch.isfinite(scales) & (scales > 0)).all()):
+            raise CheckpointError(f"{file.path}: tensor {name} holds scales that are not positive")
+        self._done(name)
+        return scales.expand(count).contiguous().to(self._device)
 
     def skip(self, name: str) -> None:
         """Leave a tensor out on purpose, if it is there."""

@@ -33,6 +33,8 @@ class StoredQuantization(msgspec.Struct, frozen=True, kw_only=True):
     layout: Layout
     group_size: int = 0
     """Elements of a row that share a scale (PACKED, FP8_BLOCKS); 0: a whole row or matrix."""
+    fp8_kv_cache: bool = False
+    """Keys and values are meant to be cached as 8-bit floats, with scales of the checkpoint."""
 
 
 _SUPPORTED = (
@@ -69,9 +71,8 @@ def _read_fp8(stated: Fields) -> StoredQuantization:
 
 
 def _read_compressed_tensors(stated: Fields) -> StoredQuantization:
-    for name in ("kv_cache_scheme", "transform_config"):
-        if stated.get(name):
-            raise stated.wrong(name, "must be null: this is not supported")
+    if stated.get("transform_config"):
+        raise stated.wrong("transform_config", "must be null: this is not supported")
     sparsity = stated.object("sparsity_config")
     if sparsity is not None and sparsity.get("format") not in (None, "dense"):
         raise sparsity.wrong("format", "must be dense: sparse weights are not supported")
@@ -93,7 +94,26 @@ def _read_compressed_tensors(stated: Fields) -> StoredQuantization:
         raise activations.wrong("dynamic", "must be true: static scales are not supported")
     if group.get("output_activations") is not None:
         raise group.wrong("output_activations", "must be null")
-    return _read_weights(layout, weights)
+    quantization = _read_weights(layout, weights)
+    return msgspec.structs.replace(quantization, fp8_kv_cache=_read_kv_cache(stated))
+
+
+def _read_kv_cache(stated: Fields) -> bool:
+    """Whether the checkpoint has scales for a cache of 8-bit floats."""
+    scheme = stated.object("kv_cache_scheme")
+    if scheme is None:
+        return False
+    if scheme.get("type") != "float":
+        raise scheme.wrong("type", "must be float: a cache of integers is not supported")
+    if scheme.get("num_bits") != 8:
+        raise scheme.wrong("num_bits", "must be 8")
+    if not scheme.flag("symmetric", True):
+        raise scheme.wrong("symmetric", "must be true: zero points are not supported")
+    if scheme.get("dynamic"):
+        raise scheme.wrong("dynamic", "must be false: what is cached outlives its step")
+    if scheme.get("strategy") not in ("tensor", "attn_head"):
+        raise scheme.wrong("strategy", "must be tensor or attn_head")
+    return True
 
 
 def _only_group(stated: Fields) -> Fields:

@@ -133,6 +133,7 @@ class Resident:
             sampler_slots=np.zeros(0, dtype=np.int64),
             prompt_rows=[],
             entered=[],
+            most_new=1,
         )
 
     def draw(self, logits: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from msgspec import structs
 from engine.adapter import Adapter
 from engine.batch import BatchBuilder
 from engine.cgroups import cpu_limit
-from engine.config import Device, Dtype, EngineConfig, Quantization
+from engine.config import Device, Dtype, EngineConfig, KvCacheDtype, Quantization
 from engine.errors import ConfigError
 from engine.generation_config import read_sampling_defaults
 from engine.graphs import CudaRecorder, Graphs, Recorder, bucket_sizes
@@ -31,7 +31,7 @@ from engine.sampler import Drawn, Entries, Sampler
 from engine.steps import Plan, StepOutput
 from engine.transfer import Arrivals
 from engine.types import ModelInfo
-from kernels import BackendUnavailable, Ops, select
+from kernels import E4M3, BackendUnavailable, Fp8Ops, Ops, select
 
 __all__ = ["LaunchedStep", "Runner"]
 
@@ -100,7 +100,8 @@ class Runner:
                 f"quantization is {config.quantization.value}, but the weights of {directory} are "
                 f"quantised already ({model_config.quantization.layout.value}); leave it at none"
             )
-        self._device, ops = _select_device(config.device)
+        self._device, ops = _select_device(config.device, config.batch_invariant)
+        kv_cache_dtype = _kv_cache_dtype(config.kv_cache_dtype, model_config, ops)
         self.batch_invariant = ops.batch_invariant
         if self._device.type == "cpu":
             _set_num_threads(config.num_threads)
@@ -124,11 +125,12 @@ class Runner:
             self._model: Model = family(model_config, ops, source, max_model_len=max_model_len)
             # 16-bit activations would cost a CPU conversions and gain it nothing.
             act = torch.float32 if self._device.type == "cpu" else source.dtype
+            kv_dtype = kv_cache_dtype or source.dtype
             limits = first_limits(
                 config.max_num_tokens,
                 config.max_num_seqs,
                 on_gpu=self._device.type == "cuda",
-                token_bytes=kv_block_bytes(model_config, 1, source.dtype),
+                token_bytes=kv_block_bytes(model_config, 1, kv_dtype),
                 free_bytes=config.kv_memory_bytes or available_bytes(self._device),
             )
             max_num_tokens, max_rows = limits.max_num_tokens, limits.max_rows
@@ -141,7 +143,7 @@ class Runner:
                 beat=self._beat,
             )
             self._cache = _allocate_cache(
-                config, limits, model_config, max_model_len, source.dtype, self._device
+                config, limits, model_config, max_model_len, kv_dtype, self._device
             )
         self.steps_ahead = _steps_ahead(config.steps_ahead, self._device)
         if recorder is None and config.cuda_graphs and self._device.type == "cuda":
@@ -170,6 +172,7 @@ class Runner:
             num_blocks=self._cache.num_blocks,
             defaults=defaults,
             quantization=_quantization_of(model_config, config),
+            kv_cache_dtype=None if kv_cache_dtype is None else KvCacheDtype.FP8.value,
         )
         on_progress("warming up", 0.0)
         self._graphs: Graphs | None = None
@@ -277,22 +280,47 @@ def _max_model_len(wanted: int | None, model: ModelConfig) -> int:
     return wanted
 
 
-def _select_device(wanted: Device) -> tuple[torch.device, Ops]:
+def _select_device(wanted: Device, batch_invariant: bool) -> tuple[torch.device, Ops]:
     """The device and its kernels; ``auto`` takes a GPU if both it and kernels for it are there."""
     if wanted is Device.CUDA and not torch.cuda.is_available():
         raise ConfigError(
             "device is cuda, but torch finds no GPU: use cpu, or install torch for CUDA"
         )
     if wanted is not Device.CPU and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
         try:
-            return torch.device("cuda", torch.cuda.current_device()), select("cuda")
+            return device, _select_ops(device, batch_invariant)
         except BackendUnavailable as error:
             if wanted is Device.CUDA:
                 raise ConfigError(f"device is cuda, but: {error}") from error
+    device = torch.device("cpu")
     try:
-        return torch.device("cpu"), select("cpu")
+        return device, _select_ops(device, batch_invariant)
     except BackendUnavailable as error:
         raise ConfigError(f"device is cpu, but: {error}") from error
+
+
+def _select_ops(device: torch.device, batch_invariant: bool) -> Ops:
+    ops = select(device.type, batch_invariant=batch_invariant)
+    if batch_invariant and not ops.batch_invariant:
+        raise ConfigError(
+            f"batch_invariant is set, but the kernels here ({ops.name}) give a request other bits "
+            "in another batch; on a CPU, a C++ compiler is needed for those that do not"
+        )
+    return ops
+
+
+def _kv_cache_dtype(wanted: KvCacheDtype, model: ModelConfig, ops: Ops) -> torch.dtype | None:
+    """What keys and values are stored as; None: as the weights are."""
+    if wanted is KvCacheDtype.FP8 and not isinstance(ops, Fp8Ops):
+        raise ConfigError(
+            f"kv_cache_dtype is fp8, but the kernels here ({ops.name}) have no 8-bit floats, for "
+            "which a GPU of compute capability 8.9 or more is needed; use auto"
+        )
+    stated = model.quantization is not None and model.quantization.fp8_kv_cache
+    if wanted is KvCacheDtype.AUTO and not (stated and isinstance(ops, Fp8Ops)):
+        return None
+    return E4M3
 
 
 def _set_num_threads(wanted: int | None) -> None:

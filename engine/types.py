@@ -183,6 +183,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """How the weights are quantised, by the checkpoint or at loading; None: they are not."""
     step_costs: tuple[StepCost, ...] = ()
     """Measured at the start, with short contexts; on a CPU nothing is."""
+    kv_cache_dtype: str | None = None
+    """What keys and values are stored as where that is not ``dtype``: ``fp8``."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

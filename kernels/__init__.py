@@ -12,11 +12,14 @@ import os
 
 import torch
 
+from kernels.fp8 import E4M3, Fp8Ops
 from kernels.interface import BackendUnavailable, KernelError, Ops, PackedLinear
 from kernels.quantised import QuantisedWeight, Scheme, dequantise
 
 __all__ = [
+    "E4M3",
     "BackendUnavailable",
+    "Fp8Ops",
     "KernelError",
     "Ops",
     "PackedLinear",
@@ -27,8 +30,11 @@ __all__ = [
 ]
 
 
-def select(device: torch.device | str) -> Ops:
+def select(device: torch.device | str, *, batch_invariant: bool = False) -> Ops:
     """The ops for tensors on ``device``.
+
+    With ``batch_invariant`` those that can be are so, at a price; the ops' own ``batch_invariant``
+    says whether they are.
 
     ``MILLRACE_KERNELS`` in the environment overrides the choice: ``reference`` is the plain-torch
     oracle (any device), ``torch`` the compiler-free CPU backend, ``triton`` the GPU kernels (on the
@@ -40,9 +46,9 @@ def select(device: torch.device | str) -> Ops:
     kind = torch.device(device).type
     forced = os.environ.get("MILLRACE_KERNELS", "auto")
     if forced == "reference":
-        from kernels.reference import ReferenceOps
+        from kernels.reference_fp8 import ReferenceFp8Ops
 
-        return ReferenceOps()
+        return ReferenceFp8Ops()
     if forced not in ("auto", "torch", "triton"):
         raise BackendUnavailable(
             f"MILLRACE_KERNELS must be auto, reference, torch or triton, got {forced!r}"
@@ -50,7 +56,7 @@ def select(device: torch.device | str) -> Ops:
     if forced == "triton" or (forced == "auto" and kind == "cuda"):
         from kernels import gpu
 
-        return gpu.load(kind)
+        return gpu.load(kind, batch_invariant=batch_invariant)
     if kind != "cpu":
         raise BackendUnavailable(
             f"no {forced} kernels for device {kind!r}: use 'cpu', or MILLRACE_KERNELS=reference"

@@ -141,6 +141,7 @@ class Fp8Ops(Ops, Protocol):
         query_starts: torch.Tensor,
         context_lens: torch.Tensor,
         scale: float,
+        plan: object | None = None,
     ) -> None:
         """``paged_attention`` over caches of e4m3: a key is ``stored * k_scale[head]``.
 
@@ -153,10 +154,11 @@ class Fp8Ops(Ops, Protocol):
             v_cache: ``[N, Hkv, B, D]`` e4m3.
             k_scale: ``[Hkv]`` float32 > 0.
             v_scale: ``[Hkv]`` float32 > 0.
-            block_tables: as ``paged_attention``, and so the three after it.
+            block_tables: as ``paged_attention``, and so the four after it.
             query_starts: ``[R+1]`` int32.
             context_lens: ``[R]`` int32.
             scale: multiplies the scores, usually ``D**-0.5``.
+            plan: of ``plan_attention``.
         """
 
 

@@ -163,6 +163,30 @@ class Ops(Protocol):
         ``2*T*Hkv*D*sizeof(C)``.
         """
 
+    def plan_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        most_new: int | None = None,
+    ) -> object | None:
+        """What a backend finds out about a step's attention once, for all its layers.
+
+        Only ``paged_attention`` of the same backend knows what is in it. It holds for calls whose
+        tensors have the shapes and dtypes of these and the same lengths, until the next plan.
+
+        Args:
+            q: ``[T, Hq, D]`` act; like ``k_cache``, it is asked for its shape and dtype only.
+            k_cache: ``[N, Hkv, B, D]``, of any layer.
+            block_tables: ``[R, max_blocks]`` int32.
+            query_starts: ``[R+1]`` int32, as ``paged_attention`` will see it.
+            context_lens: ``[R]`` int32, the same.
+            most_new: no request has more new tokens; None: nobody knows. A backend may do less
+                where they are few, and computes nothing for tokens beyond.
+        """
+
     def paged_attention(
         self,
         out: torch.Tensor,
@@ -173,6 +197,7 @@ class Ops(Protocol):
         query_starts: torch.Tensor,
         context_lens: torch.Tensor,
         scale: float,
+        plan: object | None = None,
     ) -> None:
         """Causal attention of a ragged batch of new tokens over their requests' cached tokens.
 
@@ -191,6 +216,7 @@ class Ops(Protocol):
             query_starts: ``[R+1]`` int32, from 0, not falling, the last one at most ``T``.
             context_lens: ``[R]`` int32; ignored for requests without new tokens.
             scale: multiplies the scores, usually ``D**-0.5``.
+            plan: of ``plan_attention`` for this step; None: made for this call.
 
         Cost: ``4*Hq*D`` operations for each (query, key) pair in sight; reads at least
         ``2*Hkv*D*sizeof(C)`` bytes for each context token of each request.

@@ -145,6 +145,17 @@ class ReferenceOps:
         k_cache[block, :, offset] = k.to(k_cache.dtype)
         v_cache[block, :, offset] = v.to(v_cache.dtype)
 
+    def plan_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        most_new: int | None = None,
+    ) -> None:
+        """See ``Ops.plan_attention``; there is nothing to plan."""
+
     def paged_attention(
         self,
         out: torch.Tensor,
@@ -155,6 +166,7 @@ class ReferenceOps:
         query_starts: torch.Tensor,
         context_lens: torch.Tensor,
         scale: float,
+        plan: object | None = None,
     ) -> None:
         """See ``Ops.paged_attention``."""
         _, _, kv_heads, _, _, block_size = checks.check_paged_attention(

@@ -32,8 +32,6 @@ def _quantise(out: torch.Tensor, scales: torch.Tensor, y: torch.Tensor) -> None:
 class ReferenceFp8Ops(ReferenceOps):
     """See ``kernels.fp8.Fp8Ops`` for what each op means."""
 
-    name = "reference-fp8"
-
     def rms_norm_fp8(
         self,
         out: torch.Tensor,
@@ -107,6 +105,7 @@ class ReferenceFp8Ops(ReferenceOps):
         query_starts: torch.Tensor,
         context_lens: torch.Tensor,
         scale: float,
+        plan: object | None = None,
     ) -> None:
         """See ``Fp8Ops.paged_attention_fp8``."""
         fp8.check_paged_attention_fp8(

@@ -8,7 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from server.cli.names import DeviceName, DtypeName, LogLevel, MethodName, QuantizationName
+from server.cli.names import (
+    DeviceName,
+    DtypeName,
+    KvCacheDtypeName,
+    LogLevel,
+    MethodName,
+    QuantizationName,
+)
 
 __all__ = ["app", "main"]
 
@@ -63,6 +70,14 @@ def serve(
         QuantizationName, _option("--quantization", "Make the weights smaller at loading.")
     ] = QuantizationName.NONE,
     device: Annotated[DeviceName, _option("--device", "Where it runs.")] = DeviceName.AUTO,
+    kv_cache_dtype: Annotated[
+        KvCacheDtypeName,
+        _option("--kv-cache-dtype", "fp8 (a GPU) fits twice the tokens into the KV cache."),
+    ] = KvCacheDtypeName.AUTO,
+    batch_invariant: Annotated[
+        bool,
+        _option("--batch-invariant", "The same bits in any batch, also on a GPU, at a price."),
+    ] = False,
     max_model_len: Annotated[
         int | None, _option("--max-model-len", "Most tokens of prompt and answer together.")
     ] = None,
@@ -138,7 +153,7 @@ def serve(
     logging.basicConfig(
         level=log_level.value.upper(), format="%(asctime)s %(name)s %(levelname)s %(message)s"
     )
-    from engine import Device, Dtype, EngineConfig, Quantization, parse_bytes
+    from engine import Device, Dtype, EngineConfig, KvCacheDtype, Quantization, parse_bytes
     from server.cli.serve import StartError
     from server.cli.serve import serve as run
     from server.metering.ledger import Prices
@@ -151,6 +166,8 @@ def serve(
             dtype=Dtype(dtype.value),
             quantization=Quantization(quantization.value),
             device=Device(device.value),
+            kv_cache_dtype=KvCacheDtype(kv_cache_dtype.value),
+            batch_invariant=batch_invariant,
             max_model_len=max_model_len,
             kv_memory_bytes=None if kv_memory is None else parse_bytes(kv_memory),
             max_num_tokens=max_num_tokens,

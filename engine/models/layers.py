@@ -114,6 +114,8 @@ def kv_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> 
 class KVCache:
     """Keys and values of all layers, ``[N, Hkv, B, D]`` each, in one piece of memory.
 
+    In float8_e4m3fn they are stored divided by scales, which are the model's.
+
     Args:
         memory: bytes on the model's device, zero so that no stale NaN is ever multiplied, at least
             ``num_blocks * kv_block_bytes``.

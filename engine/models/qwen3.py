@@ -22,7 +22,7 @@ from engine.models.layers import (
     load_linear,
     rope_table,
 )
-from kernels import Ops
+from kernels import E4M3, Fp8Ops, Ops
 
 __all__ = ["Qwen3"]
 
@@ -36,6 +36,7 @@ class Attention:
         dim, width = config.head_dim, config.hidden_size
         q_width, kv_width = config.num_heads * dim, config.num_kv_heads * dim
         self.ops = ops
+        self.fp8_ops = ops if isinstance(ops, Fp8Ops) else None
         self.eps = config.rms_norm_eps
         self.scale = dim**-0.5
         self.rope = rope  # [max_model_len, D]
@@ -44,35 +45,43 @@ class Attention:
         self.out = load_linear(ops, source, [f"{prefix}.o_proj.weight"], [width], q_width)
         self.q_norm = source.take(f"{prefix}.q_norm.weight", [dim])
         self.k_norm = source.take(f"{prefix}.k_norm.weight", [dim])
+        # Of a cache in e4m3: as compressed-tensors names them, and as ModelOpt does.
+        self.k_scale, self.v_scale = (
+            source.take_scales(
+                [f"{prefix}.{part}_scale", f"{prefix}.{part}_proj.{part}_scale"],
+                config.num_kv_heads,
+            )
+            for part in "kv"
+        )
 
     def __call__(
-        self, buffers: StepBuffers, batch: Batch, keys: torch.Tensor, values: torch.Tensor
+        self,
+        buffers: StepBuffers,
+        batch: Batch,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        plan: object | None,
     ) -> torch.Tensor:
         """Attend from ``buffers.hidden [T, E]``; gives ``[T, Hq, D]``, not yet projected."""
-        qkv = self.qkv(buffers.qkv, buffers.hidden)  # [T, (Hq + 2*Hkv)*D]
-        self.ops.qk_norm_rope_write(
-            buffers.q,  # [T, Hq, D]
-            qkv,
+        q, heads = buffers.q, buffers.heads  # [T, Hq, D] each
+        new = (  # and where they go
+            self.qkv(buffers.qkv, buffers.hidden),  # [T, (Hq + 2*Hkv)*D]
             self.q_norm,
             self.k_norm,
             self.rope,
             batch.positions,
             batch.slots,
-            keys,
-            values,
-            self.eps,
         )
-        self.ops.paged_attention(
-            buffers.heads,  # [T, Hq, D]
-            buffers.q,
-            keys,
-            values,
-            batch.block_tables,
-            batch.query_starts,
-            batch.context_lens,
-            self.scale,
-        )
-        return buffers.heads
+        seen = (batch.block_tables, batch.query_starts, batch.context_lens)
+        if keys.dtype is E4M3:
+            assert self.fp8_ops is not None, "no other ops get such a cache"
+            cache = (keys, values, self.k_scale, self.v_scale)
+            self.fp8_ops.qk_norm_rope_write_fp8(q, *new, *cache, self.eps)
+            self.fp8_ops.paged_attention_fp8(heads, q, *cache, *seen, self.scale, plan)
+        else:
+            self.ops.qk_norm_rope_write(q, *new, keys, values, self.eps)
+            self.ops.paged_attention(heads, q, keys, values, *seen, self.scale, plan)
+        return heads
 
 
 class FeedForward:
@@ -148,10 +157,18 @@ class Qwen3:
         residual, hidden = buffers.residual, buffers.hidden  # [T, E] each
         ops.embed(residual, batch.ids, self.embedding)
         ops.rms_norm(hidden, residual, self.layers[0].attention_norm, self.eps)
+        plan = ops.plan_attention(
+            buffers.q,
+            cache.layers[0][0],
+            batch.block_tables,
+            batch.query_starts,
+            batch.context_lens,
+            batch.most_new,
+        )
         for layer, (keys, values) in zip(self.layers, cache.layers, strict=True):
             if layer is not self.layers[0]:
                 ops.add_rms_norm(hidden, residual, hidden, layer.attention_norm, self.eps)
-            heads = layer.attention(buffers, batch, keys, values)  # [T, Hq, D]
+            heads = layer.attention(buffers, batch, keys, values, plan)  # [T, Hq, D]
             layer.attention.out(hidden, heads.flatten(1))
             work.beat()
             if layer is self.layers[-1]:

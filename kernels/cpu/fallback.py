@@ -120,6 +120,7 @@ class TorchOps(ReferenceOps):
         query_starts: torch.Tensor,
         context_lens: torch.Tensor,
         scale: float,
+        plan: object | None = None,
     ) -> None:
         """See ``Ops.paged_attention``."""
         *_, block_size = checks.check_paged_attention(

@@ -183,6 +183,17 @@ class NativeOps(NativeLibrary):
                 ("slots", slots, f"in 0..{last_slot}"),
             )  # fmt: skip
 
+    def plan_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        most_new: int | None = None,
+    ) -> None:
+        """See ``Ops.plan_attention``; there is nothing to plan."""
+
     def paged_attention(
         self,
         out: torch.Tensor,
@@ -193,6 +204,7 @@ class NativeOps(NativeLibrary):
         query_starts: torch.Tensor,
         context_lens: torch.Tensor,
         scale: float,
+        plan: object | None = None,
     ) -> None:
         """See ``Ops.paged_attention``."""
         if not ordinary_attention(

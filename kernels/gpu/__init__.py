@@ -37,19 +37,25 @@ from kernels.gpu import logits as logit_ops
 from kernels.gpu import rotary, rows, sampling
 from kernels.gpu import swiglu as gated
 from kernels.gpu.attention import attend_paged, plan_step
+from kernels.gpu.attention_plan import AttentionPlan
+from kernels.gpu.linear_fp8 import multiplies_e4m3
 from kernels.gpu.packed import DenseLinear, QuantisedLinear, pack_dense, pack_quantised, run_linear
 from kernels.gpu.workspace import Workspace
 
-__all__ = ["GpuOps", "load"]
+__all__ = ["GpuFp8Ops", "GpuOps", "load"]
 
 
 class GpuOps:
-    """See ``kernels.interface.Ops`` and ``kernels.fp8.Fp8Ops`` for what each op means."""
+    """See ``kernels.interface.Ops`` for what each op means.
+
+    Args:
+        batch_invariant: the kernels' block sizes do not depend on how many tokens there are.
+    """
 
     name = "triton"
-    batch_invariant = False
 
-    def __init__(self) -> None:
+    def __init__(self, *, batch_invariant: bool = False) -> None:
+        self.batch_invariant = batch_invariant
         self._workspaces: dict[torch.device, Workspace] = {}
 
     def _workspace(self, device: torch.device) -> Workspace:
@@ -79,18 +85,6 @@ class GpuOps:
         checks.check_rms_norm(out, x, weight)
         rows.rms_norm(out, x, weight, eps)
 
-    def rms_norm_fp8(
-        self,
-        out: torch.Tensor,
-        scales: torch.Tensor,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-    ) -> None:
-        """See ``Fp8Ops.rms_norm_fp8``."""
-        fp8.check_rms_norm_fp8(out, scales, x, weight)
-        rows.rms_norm(out, x, weight, eps, scales)
-
     def add_rms_norm(
         self,
         out: torch.Tensor,
@@ -103,28 +97,10 @@ class GpuOps:
         checks.check_add_rms_norm(out, residual, x, weight)
         rows.add_rms_norm(out, residual, x, weight, eps)
 
-    def add_rms_norm_fp8(
-        self,
-        out: torch.Tensor,
-        scales: torch.Tensor,
-        residual: torch.Tensor,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-    ) -> None:
-        """See ``Fp8Ops.add_rms_norm_fp8``."""
-        fp8.check_add_rms_norm_fp8(out, scales, residual, x, weight)
-        rows.add_rms_norm(out, residual, x, weight, eps, scales)
-
     def swiglu(self, out: torch.Tensor, gate_up: torch.Tensor) -> None:
         """See ``Ops.swiglu``."""
         checks.check_swiglu(out, gate_up)
         gated.swiglu(out, gate_up)
-
-    def swiglu_fp8(self, out: torch.Tensor, scales: torch.Tensor, gate_up: torch.Tensor) -> None:
-        """See ``Fp8Ops.swiglu_fp8``."""
-        fp8.check_swiglu_fp8(out, scales, gate_up)
-        gated.swiglu(out, gate_up, scales)
 
     def qk_norm_rope_write(
         self,
@@ -147,29 +123,19 @@ class GpuOps:
             q_out, qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache, eps
         )
 
-    def qk_norm_rope_write_fp8(
+    def plan_attention(
         self,
-        q_out: torch.Tensor,
-        qkv: torch.Tensor,
-        q_weight: torch.Tensor,
-        k_weight: torch.Tensor,
-        cos_sin: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
+        q: torch.Tensor,
         k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        k_scale: torch.Tensor,
-        v_scale: torch.Tensor,
-        eps: float,
-    ) -> None:
-        """See ``Fp8Ops.qk_norm_rope_write_fp8``."""
-        fp8.check_qk_norm_rope_write_fp8(
-            q_out, qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache, k_scale,
-            v_scale,
-        )  # fmt: skip
-        rotary.qk_norm_rope_write(
-            q_out, qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache, eps,
-            (k_scale, v_scale),
+        block_tables: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        most_new: int | None = None,
+    ) -> AttentionPlan | None:
+        """See ``Ops.plan_attention``; None where there is nothing to attend to."""
+        return plan_step(
+            self._workspace(q.device), q, k_cache, block_tables, query_starts, context_lens,
+            most_new=most_new, invariant=self.batch_invariant,
         )  # fmt: skip
 
     def paged_attention(
@@ -182,35 +148,15 @@ class GpuOps:
         query_starts: torch.Tensor,
         context_lens: torch.Tensor,
         scale: float,
+        plan: object | None = None,
     ) -> None:
         """See ``Ops.paged_attention``."""
         checks.check_paged_attention(
             out, q, k_cache, v_cache, block_tables, query_starts, context_lens
         )
-        workspace = self._workspace(q.device)
-        plan = plan_step(workspace, q, k_cache, block_tables, query_starts, context_lens)
+        if plan is None:
+            plan = self.plan_attention(q, k_cache, block_tables, query_starts, context_lens)
         attend_paged(plan, out, q, k_cache, v_cache, block_tables, scale)
-
-    def paged_attention_fp8(
-        self,
-        out: torch.Tensor,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        k_scale: torch.Tensor,
-        v_scale: torch.Tensor,
-        block_tables: torch.Tensor,
-        query_starts: torch.Tensor,
-        context_lens: torch.Tensor,
-        scale: float,
-    ) -> None:
-        """See ``Fp8Ops.paged_attention_fp8``."""
-        fp8.check_paged_attention_fp8(
-            out, q, k_cache, v_cache, k_scale, v_scale, block_tables, query_starts, context_lens
-        )
-        workspace = self._workspace(q.device)
-        plan = plan_step(workspace, q, k_cache, block_tables, query_starts, context_lens)
-        attend_paged(plan, out, q, k_cache, v_cache, block_tables, scale, (k_scale, v_scale))
 
     def pack_linear(self, weight: torch.Tensor) -> PackedLinear:
         """See ``Ops.pack_linear``."""
@@ -292,11 +238,93 @@ class GpuOps:
         logit_ops.logprobs(out_logprobs, out_ids, out_ranks, logits, chosen, k)
 
 
+class GpuFp8Ops(GpuOps):
+    """The same on devices that know e4m3; see ``kernels.fp8.Fp8Ops``."""
+
+    def rms_norm_fp8(
+        self,
+        out: torch.Tensor,
+        scales: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+    ) -> None:
+        """See ``Fp8Ops.rms_norm_fp8``."""
+        fp8.check_rms_norm_fp8(out, scales, x, weight)
+        rows.rms_norm(out, x, weight, eps, scales)
+
+    def add_rms_norm_fp8(
+        self,
+        out: torch.Tensor,
+        scales: torch.Tensor,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+    ) -> None:
+        """See ``Fp8Ops.add_rms_norm_fp8``."""
+        fp8.check_add_rms_norm_fp8(out, scales, residual, x, weight)
+        rows.add_rms_norm(out, residual, x, weight, eps, scales)
+
+    def swiglu_fp8(self, out: torch.Tensor, scales: torch.Tensor, gate_up: torch.Tensor) -> None:
+        """See ``Fp8Ops.swiglu_fp8``."""
+        fp8.check_swiglu_fp8(out, scales, gate_up)
+        gated.swiglu(out, gate_up, scales)
+
+    def qk_norm_rope_write_fp8(
+        self,
+        q_out: torch.Tensor,
+        qkv: torch.Tensor,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor,
+        cos_sin: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        k_scale: torch.Tensor,
+        v_scale: torch.Tensor,
+        eps: float,
+    ) -> None:
+        """See ``Fp8Ops.qk_norm_rope_write_fp8``."""
+        fp8.check_qk_norm_rope_write_fp8(
+            q_out, qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache, k_scale,
+            v_scale,
+        )  # fmt: skip
+        rotary.qk_norm_rope_write(
+            q_out, qkv, q_weight, k_weight, cos_sin, positions, slots, k_cache, v_cache, eps,
+            (k_scale, v_scale),
+        )  # fmt: skip
+
+    def paged_attention_fp8(
+        self,
+        out: torch.Tensor,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        k_scale: torch.Tensor,
+        v_scale: torch.Tensor,
+        block_tables: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        scale: float,
+        plan: object | None = None,
+    ) -> None:
+        """See ``Fp8Ops.paged_attention_fp8``."""
+        fp8.check_paged_attention_fp8(
+            out, q, k_cache, v_cache, k_scale, v_scale, block_tables, query_starts, context_lens
+        )
+        if plan is None:
+            plan = self.plan_attention(q, k_cache, block_tables, query_starts, context_lens)
+        attend_paged(plan, out, q, k_cache, v_cache, block_tables, scale, (k_scale, v_scale))
+
+
 @cache
-def load(device_type: str = "cuda") -> GpuOps:
+def load(device_type: str = "cuda", *, batch_invariant: bool = False) -> GpuOps:
     """The GPU ops for ``cuda`` devices or, in the interpreter, for the ``cpu``.
 
-    Raises BackendUnavailable where there is no such device, or triton would compile for the CPU.
+    They are ``Fp8Ops`` too where the device knows e4m3. Raises BackendUnavailable where there is no
+    such device, or triton would compile for the CPU.
     """
     if device_type == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailable("no kernels for device 'cuda': torch finds no GPU")
@@ -306,4 +334,5 @@ def load(device_type: str = "cuda") -> GpuOps:
             f"the triton kernels need a CUDA device, got {device_type!r}; for tests on the CPU set "
             "TRITON_INTERPRET=1"
         )
-    return GpuOps()
+    kind = GpuFp8Ops if multiplies_e4m3(torch.device(device_type)) else GpuOps
+    return kind(batch_invariant=batch_invariant)

@@ -21,6 +21,7 @@ from kernels.gpu.attention_plan import AttentionPlan, AttentionShape, Tiles, pla
 from kernels.gpu.attention_prefill import launch_prefill
 from kernels.gpu.tuning import capability_of, config
 from kernels.gpu.workspace import Workspace
+from kernels.interface import KernelError
 
 __all__ = ["attend_paged", "plan_step", "tiles_of"]
 
@@ -95,7 +96,7 @@ def plan_step(
 
 
 def attend_paged(
-    plan: AttentionPlan | None,
+    plan: object | None,
     out: torch.Tensor,
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -106,9 +107,15 @@ def attend_paged(
 ) -> None:
     """``Ops.paged_attention`` by a plan of ``plan_step``.
 
-    ``scales`` are ``k_scale`` and ``v_scale``, ``[Hkv]`` float32, of caches in e4m3.
+    ``scales`` are ``k_scale`` and ``v_scale``, ``[Hkv]`` float32, of caches in e4m3. Raises
+    KernelError for a plan of another backend or for other shapes, whose lists would lead astray.
     """
     if plan is None:
         return
+    if not isinstance(plan, AttentionPlan):
+        raise KernelError(f"paged_attention: plan is a {type(plan).__name__} of another backend")
+    shape = AttentionShape.of(q, k_cache, block_tables, plan.shape.most_new)
+    if shape != plan.shape:
+        raise KernelError(f"paged_attention: plan is for {plan.shape}, the call has {shape}")
     launch_decode(plan, out, q, k_cache, v_cache, block_tables, scale, scales)
     launch_prefill(plan, out, q, k_cache, v_cache, block_tables, scale, scales)

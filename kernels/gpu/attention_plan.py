@@ -198,10 +198,10 @@ def _write_items(items_ptr, at, mask, request, token, queries, position, begin, 
 
 
 # Sizes that change from step to step must not each be compiled for.
-@triton.jit(do_not_specialize=["requests", "tokens", "room", "num_slots", "programs"])
+@triton.jit(do_not_specialize=["requests", "tokens", "most_new", "room", "num_slots", "programs"])
 def _plan(
     query_starts_ptr, context_lens_ptr, counts_ptr, decode_ptr, prefill_ptr, merges_ptr,
-    requests, tokens, room, num_slots, programs,
+    requests, tokens, most_new, room, num_slots, programs,
     DECODE_QUERIES: tl.constexpr, PREFILL_QUERIES: tl.constexpr, MOST: tl.constexpr,
     SPLIT: tl.constexpr, ALL: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -215,7 +215,7 @@ def _plan(
     first = tl.minimum(tl.maximum(first, 0), tokens)
     context = tl.minimum(context, room)
     new = tl.minimum(tl.minimum(after, tokens) - first, context)
-    new = tl.where(real, tl.maximum(new, 0), 0)
+    new = tl.where(real, tl.minimum(tl.maximum(new, 0), most_new), 0)
     base = context - new  # positions before this step
 
     decoding = (new > 0) & (new <= MOST)
@@ -329,6 +329,7 @@ def plan_attention(
         plan.merges,
         shape.requests,
         shape.tokens,
+        shape.most_new,
         shape.room,
         slots,
         max(1, programs // shape.kv_heads),

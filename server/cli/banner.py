@@ -23,6 +23,8 @@ def banner(
     if not (settings.page_dir / "index.html").is_file():
         page = "not built: run `make page` (needs Node.js 20 or newer) and start again"
     kind = info.dtype if info.quantization is None else f"{info.quantization} and {info.dtype}"
+    if info.kv_cache_dtype is not None:
+        kind += f" (KV cache {info.kv_cache_dtype})"
     model = (
         f"{info.name}: {_count(info.num_parameters)} parameters, {kind} on {info.device}, "
         f"context {info.max_model_len:,} tokens"

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-__all__ = ["DeviceName", "DtypeName", "LogLevel", "MethodName", "QuantizationName"]
+__all__ = [
+    "DeviceName",
+    "DtypeName",
+    "KvCacheDtypeName",
+    "LogLevel",
+    "MethodName",
+    "QuantizationName",
+]
 
 
 class LogLevel(StrEnum):
@@ -40,6 +47,13 @@ class QuantizationName(StrEnum):
     FP8 = "fp8"
     INT8 = "int8"
     INT4 = "int4"
+
+
+class KvCacheDtypeName(StrEnum):
+    """Names of engine.KvCacheDtype."""
+
+    AUTO = "auto"
+    FP8 = "fp8"
 
 
 class DeviceName(StrEnum):

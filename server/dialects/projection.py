@@ -169,4 +169,6 @@ def fingerprint(info: ModelInfo) -> str:
     text = f"{info.name}/{info.num_parameters}/{info.dtype}/{info.device}/{info.max_model_len}"
     if info.quantization is not None:
         text += f"/{info.quantization}"
+    if info.kv_cache_dtype is not None:
+        text += f"/kv-{info.kv_cache_dtype}"
     return "fp_" + hashlib.blake2b(text.encode(), digest_size=5).hexdigest()

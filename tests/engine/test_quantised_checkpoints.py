@@ -266,7 +266,7 @@ UNSUPPORTED: list[tuple[object, str]] = [
     ({"quant_method": "gptq", "bits": 4}, "quant_method is 'gptq'; it must be compressed-tensors"),
     ({"quant_method": "awq"}, r"supported are .* \(pack-quantized\), and fp8"),
     (changed("format", value="nvfp4-pack-quantized"), "format is 'nvfp4-pack-quantized'; it must"),
-    (changed("kv_cache_scheme", value={"num_bits": 8}), "kv_cache_scheme is .* not supported"),
+    (changed("kv_cache_scheme", value={"num_bits": 8}), "kv_cache_scheme.type is missing"),
     (changed("sparsity_config", value={"format": "sparse-24"}), "sparsity_config.format is"),
     (changed("quantization_status", value="frozen"), "quantization_status is 'frozen'"),
     (changed("config_groups", value={"a": GROUP, "b": GROUP}), "must have one group"),

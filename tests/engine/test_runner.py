@@ -137,6 +137,18 @@ def test_other_backends_answer_alike(
     assert Engine(model).generate(prompt, max_tokens=12).token_ids == expected
 
 
+def test_batch_invariance_is_taken_where_it_is_and_refused_where_not(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if runner(model).batch_invariant:
+        assert runner(model, batch_invariant=True).batch_invariant
+    for backend in ("torch", "reference"):
+        monkeypatch.setenv("MILLRACE_KERNELS", backend)
+        assert not runner(model).batch_invariant
+        with pytest.raises(ConfigError, match="batch_invariant is set, but the kernels here"):
+            runner(model, batch_invariant=True)
+
+
 def test_refuses_a_missing_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         runner(tmp_path / "nothing")

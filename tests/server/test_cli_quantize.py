@@ -81,6 +81,10 @@ def test_who_asks_can_tell_the_weights_apart(tmp_path: Path) -> None:
     assert fingerprint(made) != fingerprint(plain)
     shown = banner(ServerSettings(page_dir=tmp_path), ("::1", 81), made, StoreKind.REDIS, "h:1")
     assert "10.5M parameters, int4 and bfloat16 on cpu" in shown
+    cached = msgspec.structs.replace(made, kv_cache_dtype="fp8")
+    assert fingerprint(cached) != fingerprint(made)
+    shown = banner(ServerSettings(page_dir=tmp_path), ("::1", 81), cached, StoreKind.REDIS, "h:1")
+    assert "int4 and bfloat16 (KV cache fp8) on cpu" in shown
 
 
 @pytest.mark.parametrize(("text", "share"), [("1%", 0.01), ("0.5 %", 0.005), ("0.02", 0.02)])

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 import server.cli.serve
-from engine import Device, Dtype, EngineConfig, ModelInfo
+from engine import Device, Dtype, EngineConfig, KvCacheDtype, ModelInfo
 from server.__main__ import app
 from server.cli.banner import banner
 from server.cli.serve import StartError, bind
@@ -40,6 +40,7 @@ class TestOptions:
         ("host", "0.0.0.0"),
         ("dtype", "float16"),
         ("device", "cpu"),
+        ("kv_cache_dtype", "fp8"),
         ("max_model_len", "512"),
         ("kv_memory", "64MiB"),
         ("max_num_tokens", "100"),
@@ -58,6 +59,7 @@ class TestOptions:
             served_name="fine",
             dtype=Dtype.FLOAT16,
             device=Device.CPU,
+            kv_cache_dtype=KvCacheDtype.FP8,
             max_model_len=512,
             kv_memory_bytes=64 << 20,
             max_num_tokens=100,
@@ -88,15 +90,17 @@ class TestOptions:
         assert result.exit_code == 0, result.output
         self.check(*seen)
 
-    def test_graphs_can_be_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_flags(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[Any] = []
         monkeypatch.setattr(server.cli.serve, "serve", _recorder(seen))
-        for arguments, variables in (
-            (["--no-cuda-graphs"], {}),
-            ([], {"MILLRACE_CUDA_GRAPHS": "false"}),
-        ):
-            assert CliRunner().invoke(app, ["serve", *arguments], env=variables).exit_code == 0
-        assert [config.cuda_graphs for config in seen[1::2]] == [False, False]
+        variables = {"MILLRACE_BATCH_INVARIANT": "1"}
+        for arguments, env in ((["--batch-invariant"], {}), ([], variables)):
+            assert CliRunner().invoke(app, ["serve", *arguments], env=env).exit_code == 0
+            assert seen[-1] == EngineConfig(batch_invariant=True)
+        variables = {"MILLRACE_CUDA_GRAPHS": "0"}
+        for arguments, env in ((["--no-cuda-graphs"], {}), ([], variables)):
+            assert CliRunner().invoke(app, ["serve", *arguments], env=env).exit_code == 0
+            assert seen[-1] == EngineConfig(cuda_graphs=False)
 
     def test_defaults(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[Any] = []

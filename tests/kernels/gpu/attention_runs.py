@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from types import ModuleType
 
 import torch
@@ -44,6 +44,11 @@ class FewSlots(AttentionShape):
 
     def num_slots(self, split: int) -> int:
         return min(self.limit, super().num_slots(split))
+
+    def __eq__(self, other: object) -> bool:
+        return AttentionShape(**asdict(self)) == other
+
+    __hash__ = AttentionShape.__hash__
 
 
 def make_plan(

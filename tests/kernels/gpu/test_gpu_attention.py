@@ -7,10 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kernels import KernelError
 from kernels.gpu import GpuOps, attention
 from kernels.gpu.workspace import Workspace
 from tests.kernels.comparisons import BF16, F16, F32, Ragged, poison, ragged_batch, randn
-from tests.kernels.gpu.attention_runs import LARGER, ORACLE, SMALL, USUAL, Setting, check, on, run
+from tests.kernels.gpu.attention_runs import (
+    LARGER,
+    ORACLE,
+    SMALL,
+    USUAL,
+    Setting,
+    check,
+    make_plan,
+    on,
+    run,
+)
 
 # The interpreter's bfloat16 is wrong.
 NARROW = [F16, BF16] if torch.cuda.is_available() else [F16]
@@ -208,3 +219,35 @@ def test_tiles_have_room_for_a_group() -> None:
             assert tiles.rows >= 71
             assert tiles.split % tiles.keys == 0
     assert SMALL.queries(3) == 5
+
+
+def test_a_plan_for_other_calls_is_refused(device: torch.device) -> None:
+    """Its lists would lead the kernels out of their tensors."""
+    ops = GpuOps()
+    small = on(device, ragged_batch(new=[1], context=[9], q_heads=2, kv_heads=1, head_dim=32))
+    large = on(device, ragged_batch(new=[1, 20], context=[40, 20], q_heads=2, kv_heads=1,
+                                    head_dim=32))  # fmt: skip
+    out = poison(*small.q.shape).to(device)
+    other = ops.plan_attention(
+        large.q, large.k_cache, large.block_tables, large.query_starts, large.context_lens
+    )
+    for plan in (other, "a plan"):
+        with pytest.raises(KernelError, match="paged_attention: plan is"):
+            ops.paged_attention(
+                out, small.q, small.k_cache, small.v_cache, small.block_tables,
+                small.query_starts, small.context_lens, 1.0, plan,
+            )  # fmt: skip
+    assert torch.equal(out.cpu(), poison(*small.q.shape))
+
+
+def test_more_new_tokens_than_was_promised_harm_nobody(device: torch.device) -> None:
+    """Those beyond are not computed, and the other requests are."""
+    new, context = [1, 40, 3], [70, 40, 20]
+    batch = on(device, ragged_batch(new=new, context=context, q_heads=2, kv_heads=1, head_dim=32))
+    plan = make_plan(batch, Setting(most_new=3))
+    assert plan.prefill_items.shape[0] == 0
+    assert int(plan.counts[0]) <= len(plan.decode_items)
+    got, want = run(batch, Setting(most_new=3)), run(batch)
+    assert torch.equal(got[:1], want[:1])
+    assert torch.equal(got[41:], want[41:])
+    assert torch.equal(got[4:41], poison(37, 2, 32))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels.fp8 import E4M3, Fp8Ops
-from kernels.gpu import GpuOps
+from kernels.gpu import GpuFp8Ops
 from kernels.interface import KernelError
 from kernels.reference_fp8 import ReferenceFp8Ops, to_e4m3
 from tests.kernels.comparisons import F32, Ragged, assert_close, poison, ragged_batch
@@ -60,7 +60,7 @@ def test_every_number_of_e4m3_is_read(device: torch.device) -> None:
 
 def test_reading_what_was_written(device: torch.device) -> None:
     """The scales of the write are those of the read: the result is near the unquantised one's."""
-    ops = GpuOps()
+    ops = GpuFp8Ops()
     assert isinstance(ops, Fp8Ops)
     plain = ragged_batch(new=[1, 20], context=[40, 20], q_heads=4, kv_heads=2, head_dim=32)
     batch, (k_scale, v_scale) = quantised(plain)
@@ -80,7 +80,7 @@ def test_wrong_arguments_are_refused(device: torch.device) -> None:
         ragged_batch(new=[1], context=[4], q_heads=2, kv_heads=2, head_dim=16)
     )
     rest = batch.block_tables, batch.query_starts, batch.context_lens, 1.0
-    for ops in (GpuOps(), ReferenceFp8Ops()):
+    for ops in (GpuFp8Ops(), ReferenceFp8Ops()):
         out = poison(*batch.q.shape)
         with pytest.raises(KernelError, match="paged_attention_fp8: v_scale"):
             ops.paged_attention_fp8(

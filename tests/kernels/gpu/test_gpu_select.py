@@ -14,7 +14,7 @@ import kernels
 from kernels import BackendUnavailable, Ops, cpu, select
 from kernels.cpu.fallback import TorchOps
 from kernels.fp8 import Fp8Ops
-from kernels.gpu import GpuOps
+from kernels.gpu import GpuFp8Ops, GpuOps
 from kernels.reference_fp8 import ReferenceFp8Ops
 
 ROOT = Path(kernels.__file__).resolve().parents[1]
@@ -37,9 +37,9 @@ def test_select(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
 def test_names_of_ops_are_those_of_the_protocols() -> None:
     for protocol in (Ops, Fp8Ops):
         wanted = {name for name in vars(protocol) if not name.startswith("_")}
-        for ops in (GpuOps(), ReferenceFp8Ops()):
+        for ops in (GpuFp8Ops(), ReferenceFp8Ops()):
             assert wanted <= set(dir(ops))
-    assert isinstance(GpuOps(), Fp8Ops)
+    assert isinstance(GpuFp8Ops(), Fp8Ops)
     assert isinstance(ReferenceFp8Ops(), Fp8Ops)
     assert not isinstance(TorchOps(), Fp8Ops)
     assert not isinstance(cpu.load(), Fp8Ops)
