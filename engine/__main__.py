@@ -7,26 +7,26 @@ is closed.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import signal
 import socket
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import EngineError
 from engine.link import Configure, Failed, Link, LinkClosed, Loading, Ready, Working
 from engine.pulse import Pulse
 from engine.types import ModelInfo
-from engine.zygote import Zygote
+from engine.zygote import NAME, Zygote, tell_system
 
 if TYPE_CHECKING:
     from engine.core import Core
 
 log = logging.getLogger("millrace.engine")
 
+_COLLECTED_AFTER = 20_000
+"""New objects after which the garbage collector looks at them; they are seldom part of a cycle."""
 _STEP_FAILED = 70
 """Exit code: a step could not be computed (EX_SOFTWARE of sysexits.h)."""
 _FIRST_TO_GO, _SECOND_TO_GO = "500", "250"
@@ -40,15 +40,15 @@ def main() -> int:
     # A Ctrl-C in the terminal reaches the whole process group; the server decides when we stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    _tell_system("oom_score_adj", _SECOND_TO_GO)
-    _tell_system("comm", "millrace-zygote")
+    tell_system("oom_score_adj", _SECOND_TO_GO)
+    tell_system("comm", NAME)
     zygote = Zygote(socket.socket(fileno=int(sys.argv[1])))
     zygote.say(Loading("importing torch", 0.0))
     sock = zygote.serve(_import)
     if sock is None:
         return 0
-    _tell_system("oom_score_adj", _FIRST_TO_GO)
-    _tell_system("comm", "millrace-engine")
+    tell_system("oom_score_adj", _FIRST_TO_GO)
+    tell_system("comm", "millrace-engine")
     try:
         return _serve(Link(sock))
     except LinkClosed:
@@ -57,12 +57,6 @@ def main() -> int:
 
 def _import() -> None:
     from engine import cache, core, runner, scheduler  # noqa: F401 - for those that are forked
-
-
-def _tell_system(name: str, value: str) -> None:
-    """Write a file of this process's in /proc, where there is one."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self", name).write_text(value)
 
 
 def _serve(link: Link) -> int:
@@ -81,8 +75,10 @@ def _serve(link: Link) -> int:
         link.drain(5.0)
         return 1
     # Everything loaded so far lives as long as the process: keep it out of every later collection.
+    # What comes later is mostly freed by its counts; a collection in every few steps finds nothing.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(_COLLECTED_AFTER, 20, 50)
     link.send(Ready(info))
     try:
         loop.run()
@@ -120,8 +116,8 @@ def _load(link: Link, configure: Configure) -> tuple[Core, ModelInfo]:
     )
     scheduler = Scheduler(
         cache,
-        max_num_tokens=config.max_num_tokens,
-        max_num_seqs=config.max_num_seqs,
+        max_num_tokens=runner.limits.max_num_tokens,
+        max_num_seqs=runner.limits.max_num_seqs,
         max_model_len=info.max_model_len,
         eos_token_ids=info.eos_token_ids,
         chunk_tokens=config.chunk_tokens,
@@ -133,6 +129,7 @@ def _load(link: Link, configure: Configure) -> tuple[Core, ModelInfo]:
         scheduler,
         runner,
         vocab_size=info.vocab_size,
+        steps_ahead=runner.steps_ahead,
         check_integrity=config.check_integrity,
     )
     return core, info

@@ -123,7 +123,8 @@ class Accounts:
             account = members[request.tenant] = Account(request.priority, request.tenant)
         account.weight = request.weight
         if not account.in_flight:
-            active = [other.virtual for other in members.values() if other.in_flight]
+            # What is planned does not count: a step that is dropped was not served.
+            active = [other.served for other in members.values() if other.in_flight]
             floor = min(active, default=0.0)
             account.served = max(account.served, floor)
             if len(members) > 2 * len(active) + _MAX_IDLE:
@@ -269,16 +270,14 @@ class Bids:
     Args:
         queued: accounts with waiting requests.
         behind: running requests with more than one token to compute, in order; used up.
-        admitting: whether waiting requests may be let in.
     """
 
     def __init__(
         self,
         queued: Iterable[Account],
         behind: dict[Account, deque[RequestState]],
-        admitting: bool = True,
     ) -> None:
-        self.admitting = admitting
+        self.admitting = True
         """Set to False when one could not be let in: then nobody is let in past it."""
         self._behind = behind
         bids = map(self._bid, dict.fromkeys((*behind, *queued)))

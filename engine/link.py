@@ -17,6 +17,8 @@ from engine.config import EngineConfig
 from engine.types import Delta, EngineStats, ModelInfo, Request
 
 __all__ = [
+    "FORK_ENGINE",
+    "FORK_ZYGOTE",
     "HEARTBEAT_S",
     "Abort",
     "Configure",
@@ -46,6 +48,10 @@ MAX_FRAME_BYTES = 256 * 2**20
 """A longer frame means that the two ends lost step with each other."""
 
 
+FORK_ENGINE, FORK_ZYGOTE = b"e", b"z"
+"""What a zygote is asked for, with a descriptor: the new process's end of a socket pair."""
+
+
 class Configure(msgspec.Struct, frozen=True, tag=True):
     """First message to a new engine process."""
 
@@ -71,13 +77,13 @@ class Prepared(msgspec.Struct, frozen=True, tag=True):
 
 
 class Forked(msgspec.Struct, frozen=True, tag=True):
-    """An engine process was forked; a descriptor of it (pidfd) comes with this frame."""
+    """A process was forked; a descriptor of it (pidfd) comes with this frame."""
 
     pid: int
 
 
 class Ended(msgspec.Struct, frozen=True, tag=True):
-    """An engine process ended."""
+    """A forked process ended."""
 
     pid: int
     exit_code: int

@@ -170,6 +170,7 @@ class Qwen3:
                 ops.add_rms_norm(hidden, residual, hidden, layer.attention_norm, self.eps)
             heads = layer.attention(buffers, batch, keys, values, plan)  # [T, Hq, D]
             layer.attention.out(hidden, heads.flatten(1))
+            work.beat()
             if layer is self.layers[-1]:
                 # From here on a row looks at no other, so only the wanted rows go on.
                 residual, hidden = self._narrow(batch, residual, hidden, work)  # [W, E] each

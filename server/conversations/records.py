@@ -8,7 +8,7 @@ Keys (all with a time to live, renewed when they change)::
     conversations:<owner>         sorted set: an owner's conversations by when they last changed
 
 Whatever changes a conversation writes its record in the same transaction, so that who watches the
-record sees every change.
+record sees every change. Only a new one's many items are written ahead of the record.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from typing import Any
 import msgspec
 from redis.asyncio.client import Pipeline
 
+from server.conversations.batches import BATCH, batches
 from server.conversations.titles import title_of
 from server.conversations.tree import StoredItem, Tree
 from server.paging import Item
 from server.store import Store, reaching
 
 __all__ = ["ConversationRecord", "Kept", "Records"]
+
+_AHEAD_S = 60
+"""How long items are kept that were written ahead of their conversation's record."""
 
 
 class ConversationRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,11 +108,12 @@ class Records:
         with reaching():
             pipe = self._redis.pipeline(transaction=True)
             pipe.get(self.key(conversation_id))
-            pipe.zrange(self.key(conversation_id, "order"), 0, -1, withscores=True)
+            pipe.zrange(self.key(conversation_id, "order"), 0, -1)
+            pipe.zrange(self.key(conversation_id, "order"), -1, -1, withscores=True)
             pipe.hgetall(self.key(conversation_id, "items"))
-            data, order, stored = await pipe.execute()
+            data, order, last, stored = await pipe.execute()
         record = self._owned(data, owner)
-        return None if record is None else _kept(record, order, stored)
+        return None if record is None else await _kept(record, order, last, stored)
 
     async def item(self, conversation_id: str, item_id: str) -> Item | None:
         """Return one item of whoever's conversation. Raises StoreError."""
@@ -123,8 +128,34 @@ class Records:
         record = self._owned(await reads.get(self.key(conversation_id)), owner)
         if record is None:
             return None
-        order = await reads.zrange(self.key(conversation_id, "order"), 0, -1, withscores=True)
-        return _kept(record, order, await reads.hgetall(self.key(conversation_id, "items")))
+        key = self.key(conversation_id, "order")
+        order = await reads.zrange(key, 0, -1)
+        last = await reads.zrange(key, -1, -1, withscores=True)
+        stored = await reads.hgetall(self.key(conversation_id, "items"))
+        return await _kept(record, order, last, stored)
+
+    async def write_ahead(self, kept: Kept) -> Kept:
+        """Store all but the last items of a new conversation; return it as it is stored now.
+
+        Nobody sees them before its record is written. Raises StoreError.
+        """
+        items = self.key(kept.record.conversation_id, "items")
+        order = self.key(kept.record.conversation_id, "order")
+        left = list(kept.tree.items.items())
+        number = kept.next_number
+        stored = dict(kept.stored)
+        while len(left) > BATCH:
+            part, left = left[:BATCH], left[BATCH:]
+            with reaching():
+                pipe = self._redis.pipeline(transaction=False)
+                pipe.hset(items, mapping={one: _encode(item) for one, item in part})
+                pipe.zadd(order, {one: number + at for at, (one, _) in enumerate(part)})
+                for key in (items, order):
+                    pipe.expire(key, _AHEAD_S)
+                await pipe.execute()
+            stored |= part
+            number += len(part)
+        return msgspec.structs.replace(kept, stored=stored, next_number=number)
 
     def write(self, pipe: Pipeline, kept: Kept) -> None:
         """Add to a transaction what makes the store hold a conversation so."""
@@ -178,11 +209,16 @@ class Records:
         return record if record is not None and owner in (None, record.owner) else None
 
 
-def _kept(
-    record: ConversationRecord, order: Sequence[tuple[bytes, float]], stored: dict[bytes, bytes]
+async def _kept(
+    record: ConversationRecord,
+    order: Sequence[bytes],
+    last: Sequence[tuple[bytes, float]],
+    stored: dict[bytes, bytes],
 ) -> Kept:
-    items = {one.decode(): _decode_item(stored[one]) for one, _ in order if one in stored}
-    next_number = int(order[-1][1]) + 1 if order else 0
+    items: dict[str, StoredItem] = {}
+    async for part in batches(order):
+        items |= {one.decode(): _decode_item(stored[one]) for one in part if one in stored}
+    next_number = int(last[0][1]) + 1 if last else 0
     if record.head is not msgspec.UNSET:
         # What belongs together may expire a moment apart.
         head = record.head if record.head in items else None

@@ -15,6 +15,7 @@ from typing import NamedTuple, cast
 import msgspec
 from redis.exceptions import WatchError
 
+from server.conversations.batches import batches
 from server.conversations.claims import Claims, busy
 from server.conversations.listing import Listing
 from server.conversations.records import ConversationRecord, Kept, Records
@@ -68,7 +69,9 @@ class Conversations:
     ) -> ConversationRecord:
         """Create a conversation, with items to begin with; without an id it gets a fresh one."""
         now_s = time.time()
-        tree = Tree().append(None, items)
+        tree = Tree()
+        async for part in batches(items):
+            tree = tree.append(tree.head, part)
         record = ConversationRecord(
             conversation_id=conversation_id or new_id("conv"),
             owner=owner,
@@ -78,9 +81,10 @@ class Conversations:
             updated_s=now_s,
             head=tree.head,
         )
+        kept = await self._records.write_ahead(Kept(record, tree))
         with reaching():
             pipe = self._redis.pipeline(transaction=True)
-            self._records.write(pipe, Kept(record, tree))
+            self._records.write(pipe, kept)
             self._records.prune(pipe, owner)
             await pipe.execute()
         return record
@@ -158,10 +162,12 @@ class Conversations:
             raise _no_such(after, "after")
         fork_id = fork_id or new_id("conv")
         path = tree.path(tree.head if after is None else after)
-        copies = [
-            {**item, "id": derived_id(item["id"].partition("_")[0], fork_id, number)}
-            for number, item in enumerate(tree.bodies(path))
-        ]
+        copies: list[Item] = []
+        async for part in batches(path):
+            copies += [
+                {**item, "id": derived_id(item["id"].partition("_")[0], fork_id, number)}
+                for number, item in enumerate(tree.bodies(part), len(copies))
+            ]
         return await self.create(
             owner, record.metadata, copies, fork_id, title=title or record.title
         )
@@ -177,12 +183,15 @@ class Conversations:
     async def items(self, conversation_id: str, owner: str) -> list[Item]:
         """Return the items from the root to the head."""
         tree = (await self._kept(conversation_id, owner)).tree
-        return tree.bodies(tree.path(tree.head))
+        return await _bodies(tree, tree.head)
 
     async def tree(self, conversation_id: str, owner: str) -> list[Item]:
         """Return all items in the order in which they were added, each with ``parent_id``."""
         tree = (await self._kept(conversation_id, owner)).tree
-        return [{**stored.body(), "parent_id": stored.parent} for stored in tree.items.values()]
+        shown: list[Item] = []
+        async for part in batches(list(tree.items.values())):
+            shown += [{**stored.body(), "parent_id": stored.parent} for stored in part]
+        return shown
 
     async def item(self, conversation_id: str, item_id: str, owner: str) -> Item:
         """Return one item, on whatever branch."""
@@ -234,11 +243,11 @@ class Conversations:
             where = tree.head if after is msgspec.UNSET else after
             if where is not None and where not in tree:
                 raise _no_such(where, "conversation.after")
+            return Branch(where, await _bodies(tree, where))
         except BaseException:
             with contextlib.suppress(StoreError):
                 await self.claims.release(conversation_id, turn_id)
             raise
-        return Branch(where, tree.bodies(tree.path(where)))
 
     async def append(
         self,
@@ -311,6 +320,13 @@ class Conversations:
                     except WatchError:
                         continue
         raise StoreUnavailable(f"'{conversation_id}' is changed by too many at once")
+
+
+async def _bodies(tree: Tree, to: str | None) -> list[Item]:
+    bodies: list[Item] = []
+    async for part in batches(tree.path(to)):
+        bodies += tree.bodies(part)
+    return bodies
 
 
 def _appended(kept: Kept, after: str | None, items: Sequence[Item]) -> Kept:

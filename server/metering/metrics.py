@@ -227,6 +227,9 @@ class _EngineMetrics:
         self._step_s = gauge("engine_step_seconds", "Duration of the engine's latest step.")
         self._counters = {
             "steps": counter("engine_steps", "Steps of the engine."),
+            "dropped_steps": counter(
+                "dropped_steps", "Steps of the engine left undone for a newcomer's first token."
+            ),
             "busy_s": counter("engine_busy_seconds", "Time the engine spent in steps."),
             "prompt_tokens": counter(
                 "prompt_tokens", "Prompt tokens computed; those from the prefix cache not counted."

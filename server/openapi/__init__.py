@@ -1,1 +1,1 @@
-"""The OpenAPI 3.1 document of this server, as data."""
+"""The OpenAPI 3.2 document of this server, as data."""

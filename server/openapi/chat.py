@@ -20,7 +20,13 @@ from server.openapi.parts import (
     ref,
     string,
 )
-from server.openapi.resuming import IDEMPOTENCY_KEY, ON_DISCONNECT, ended, projected_paths
+from server.openapi.resuming import (
+    IDEMPOTENCY_KEY,
+    ON_DISCONNECT,
+    chunk_event,
+    ended,
+    projected_paths,
+)
 from server.openapi.sampling import (
     PRIORITY,
     RETURN_TOKEN_IDS,
@@ -192,7 +198,6 @@ _CHUNK = obj(
         ),
     },
     {"usage": nullable(ref("Usage")), **_PROMPT_EXTRA},
-    text="The `data` of one server-sent event; the last event's data is `[DONE]`.",
 )
 
 SCHEMAS: dict[str, Schema] = {
@@ -211,7 +216,7 @@ PATHS: dict[str, dict[str, Any]] = {
                 200: json_body(
                     ref("ChatCompletion"),
                     "The answer; with `stream` as events, whose data are chunks or an error.",
-                    text_event__stream=ref("ChatCompletionChunk"),
+                    events=chunk_event("ChatCompletionChunk"),
                 )
             },
             errors=(400, 404, 409, 413, 415, 422, 429, 500, 503),

@@ -20,7 +20,13 @@ from server.openapi.parts import (
     ref,
     string,
 )
-from server.openapi.resuming import IDEMPOTENCY_KEY, ON_DISCONNECT, ended, projected_paths
+from server.openapi.resuming import (
+    IDEMPOTENCY_KEY,
+    ON_DISCONNECT,
+    chunk_event,
+    ended,
+    projected_paths,
+)
 from server.openapi.sampling import (
     PRIORITY,
     RETURN_TOKEN_IDS,
@@ -128,7 +134,7 @@ PATHS: dict[str, dict[str, Any]] = {
                 200: json_body(
                     ref("Completion"),
                     "The answers; with `stream` as events, whose data are chunks or an error.",
-                    text_event__stream=ref("CompletionChunk"),
+                    events=chunk_event("CompletionChunk"),
                 )
             },
             errors=(400, 404, 409, 413, 415, 422, 429, 500, 503),

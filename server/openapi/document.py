@@ -12,14 +12,15 @@ _PARTS = (chat, completions, responses, conversations, service)
 
 
 def document(version: str) -> dict[str, Any]:
-    """Return the document (OpenAPI 3.1.1) of a server of this ``version``."""
+    """Return the document (OpenAPI 3.2.0) of a server of this ``version``."""
     paths: dict[str, Any] = {}
     schemas: dict[str, Any] = {**sampling.SCHEMAS, **events.SCHEMAS}
     for part in _PARTS:
         paths |= part.PATHS
         schemas |= part.SCHEMAS
     return {
-        "openapi": "3.1.1",
+        # Before 3.2 a document cannot say what the events of a stream are.
+        "openapi": "3.2.0",
         "info": {
             "title": "Millrace",
             "version": version,

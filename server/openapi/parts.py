@@ -10,6 +10,7 @@ __all__ = [
     "array",
     "boolean",
     "enum",
+    "event",
     "integer",
     "json_body",
     "nullable",
@@ -101,11 +102,21 @@ def ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def json_body(schema: Schema, text: str, **media: Schema) -> dict[str, Any]:
-    """Return a body or a response in JSON; ``media`` adds other media types, "_" for "/"."""
+def event(*data: Schema, last: str | None = None) -> Schema:
+    """Return the schema of one server-sent event (OpenAPI 3.2, Sequential Media Types).
+
+    Its ``data`` is JSON that fits one or more of the schemas, or the word ``last``.
+    """
+    json: Schema = {"contentMediaType": "application/json", "contentSchema": one_of(*data)}
+    text = {"type": "string", **json} if last is None else one_of(enum(last), string(**json))
+    return obj({"data": text}, {"event": string(), "id": string("Where to resume after it.")})
+
+
+def json_body(schema: Schema, text: str, *, events: Schema | None = None) -> dict[str, Any]:
+    """Return a body or a response in JSON; ``events``: or a stream of such server-sent events."""
     content = {"application/json": {"schema": schema}}
-    for name, other in media.items():
-        content[name.replace("__", "-").replace("_", "/")] = {"schema": other}
+    if events is not None:
+        content["text/event-stream"] = {"itemSchema": events}
     return {"description": text, "content": content}
 
 

@@ -10,6 +10,7 @@ from server.openapi.parts import (
     array,
     boolean,
     enum,
+    event,
     integer,
     json_body,
     nullable,
@@ -217,7 +218,7 @@ _STREAM_QUERY = (
 _RESPONSE_OR_STREAM = json_body(
     ref("Response"),
     "The response; with `stream` its events, whose `id` is their sequence number.",
-    text_event__stream=ref("ResponseEvent"),
+    events=event(ref("ResponseEvent")),
 )
 
 _SOCKET_TEXT = """With `Upgrade: websocket` this is a WebSocket: send messages of the type

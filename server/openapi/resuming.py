@@ -9,6 +9,7 @@ from server.dialects.disconnect import MAX_LINGER_S
 from server.openapi.parts import (
     Schema,
     enum,
+    event,
     integer,
     json_body,
     nullable,
@@ -20,7 +21,15 @@ from server.openapi.parts import (
     string,
 )
 
-__all__ = ["IDEMPOTENCY_KEY", "LAST_EVENT_ID", "ON_DISCONNECT", "ended", "projected_paths", "query"]
+__all__ = [
+    "IDEMPOTENCY_KEY",
+    "LAST_EVENT_ID",
+    "ON_DISCONNECT",
+    "chunk_event",
+    "ended",
+    "projected_paths",
+    "query",
+]
 
 ON_DISCONNECT: Schema = nullable(
     one_of(
@@ -62,6 +71,11 @@ def query(name: str, schema: Schema, text: str) -> dict[str, Any]:
     return {"name": name, "in": "query", "required": False, "schema": schema, "description": text}
 
 
+def chunk_event(chunk: str) -> Schema:
+    """Return the schema of a server-sent event of a stream of chunks."""
+    return event(ref(chunk), ref("Error"), ref("StreamError"), last="[DONE]")
+
+
 def ended(answer: Schema) -> Schema:
     """Return the schema of an answer that may have been cut by a cancel."""
     schema = copy.deepcopy(answer)
@@ -93,7 +107,7 @@ def projected_paths(path: str, tag: str, answer: str, chunk: str) -> dict[str, d
                         ref(answer),
                         "The whole answer, once it is made; or its chunks, byte for byte as the "
                         "first stream had them, each with the same `id`.",
-                        text_event__stream=ref(chunk),
+                        events=chunk_event(chunk),
                     )
                 },
                 errors=(400, 404, 500, 503),

@@ -131,7 +131,7 @@ PATHS: dict[str, dict[str, Any]] = {
         "get": operation(
             "This document",
             "Service",
-            {200: json_body({"type": "object"}, "OpenAPI 3.1.")},
+            {200: json_body({"type": "object"}, "OpenAPI 3.2.")},
             is_open=True,
         )
     },

@@ -1,16 +1,18 @@
 """One key's load against another's: first-token times, the split of tokens, and an overload.
 
-    python -m tests.bench.fairness                 all of it, on the bundled model
+    python -m tests.bench.fairness                 all of it
     python -m tests.bench.fairness --only single   or: split, overload
 
-``single``: one key keeps 200 requests in flight; how long does another key's single request wait
-for its first token, against the idle server (``times_idle``), and who is served what meanwhile?
+``single``: one key keeps 200 requests in flight, from a process of its own; how long does another
+key's single request wait for its first token, against the idle server (``times_idle``), and who is
+served what meanwhile? With the bundled model and with random ones of other sizes; clients and
+server share the cores, which tells most where the model is smallest.
 ``split``: two keys with weights 1 and 3 always have more work than there are seats; is each served
 its share (``due``)? ``overload``: turns arrive at twice the measured capacity; how much of the
 capacity is served in full (``share``), is every refusal a 429 with ``Retry-After``, does the
 server's memory grow?
 
-All of it takes about two minutes on two cores; ``--seconds`` bounds each measurement.
+All of it takes about four minutes on two cores; ``--seconds`` bounds each measurement.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import multiprocessing
 import os
 import random
 import statistics
@@ -26,13 +29,15 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
-from typing import NamedTuple
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import aiohttp
 import orjson
 import psutil
 
+from tests.bench.checkpoints import PEBBLE, SHAPES, make_checkpoint
 from tests.bench.report import Report
 from tests.bench.serve import free_port, percentile
 
@@ -48,6 +53,8 @@ key = "heavy"
 weight = 3
 """
 VOCABULARY = 8000
+SINGLE = (("pebble", 64), ("pebble", 1000), ("46m", 64), ("46m", 512), ("0.6b", 256))
+"""Models, and tokens of the single request's prompt."""
 
 
 class Server(NamedTuple):
@@ -58,14 +65,15 @@ class Server(NamedTuple):
 
 
 @contextlib.contextmanager
-def server(*options: str) -> Iterator[Server]:
-    """Run the real command on the bundled model with three keys."""
+def server(*options: str, model: Path = PEBBLE) -> Iterator[Server]:
+    """Run the real command with three keys."""
     port = free_port()
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as keys:
         keys.write(KEYS)
         keys.flush()
         os.chmod(keys.name, 0o600)
-        command = [sys.executable, "-m", "server", "serve", f"--port={port}"]
+        command = [sys.executable, "-m", "server", "serve", str(model), f"--port={port}"]
+        command += ["--served-model-name=model"]
         command += [f"--api-key-file={keys.name}", "--log-level=warning", *options]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         url = f"http://127.0.0.1:{port}"
@@ -107,7 +115,7 @@ class Client:
     async def ask(self, num_prompt: int, num_tokens: int) -> Outcome:
         """Stream one completion of a prompt that no prefix cache knows."""
         body = {
-            "model": "pebble",
+            "model": "model",
             "prompt": [self._rng.randrange(300, VOCABULARY) for _ in range(num_prompt)],
             "max_tokens": num_tokens,
             "temperature": 0,
@@ -153,10 +161,10 @@ async def load(
 
 
 async def _first_tokens(client: Client, num_prompt: int, seconds: float) -> list[float]:
-    """Ask one after the other, ten times or as often as the time allows; when first tokens came."""
+    """Ask one after the other, at most twenty times; when the first tokens came, in seconds."""
     times: list[float] = []
     give_up_s = time.perf_counter() + seconds
-    while len(times) < 10 and (len(times) < 3 or time.perf_counter() < give_up_s):
+    while len(times) < 20 and (len(times) < 5 or time.perf_counter() < give_up_s):
         outcome = await client.ask(num_prompt, 8)
         if outcome.status != 200:
             raise RuntimeError(f"a single request was answered with status {outcome.status}")
@@ -164,23 +172,53 @@ async def _first_tokens(client: Client, num_prompt: int, seconds: float) -> list
     return times
 
 
-async def single(report: Report, url: str, num_prompt: int, seconds: float) -> None:
+def _flood(url: str, served: Any) -> None:
+    async def flood() -> None:
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector) as session:
+            client = Client(session, url, "crowd")
+            async with load(client, 200, 64, 256):
+                while True:
+                    await asyncio.sleep(0.1)
+                    served.value = client.tokens
+
+    asyncio.run(flood())
+
+
+@contextlib.contextmanager
+def crowd(url: str) -> Iterator[Callable[[], int]]:
+    """Keep 200 requests in flight from another process; gives what counts their tokens.
+
+    In this one they would hold up the loop that reads the clock.
+    """
+    context = multiprocessing.get_context("spawn")
+    served = context.Value("L", 0)
+    process = context.Process(target=_flood, args=(url, served), daemon=True)
+    process.start()
+    try:
+        yield lambda: served.value
+    finally:
+        process.terminate()
+        process.join()
+
+
+async def single(report: Report, model: str, url: str, num_prompt: int, seconds: float) -> None:
     """One key with 200 requests, another with one at a time."""
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector) as session:
-        one, crowd = Client(session, url, "single"), Client(session, url, "crowd")
+    async with aiohttp.ClientSession() as session:
+        one = Client(session, url, "single")
         for _ in range(3):
             await one.ask(num_prompt, 4)
         idle = await _first_tokens(one, num_prompt, seconds)
-        async with load(crowd, 200, 64, 256):
-            await asyncio.sleep(6)
-            before, began_s = (one.tokens, crowd.tokens), time.perf_counter()
+        with crowd(url) as crowd_tokens:
+            while crowd_tokens() < 1000:
+                await asyncio.sleep(0.1)
+            before, began_s = (one.tokens, crowd_tokens()), time.perf_counter()
             busy = await _first_tokens(one, num_prompt, seconds)
-            served = one.tokens - before[0], crowd.tokens - before[1]
+            served = one.tokens - before[0], crowd_tokens() - before[1]
             took_s = time.perf_counter() - began_s
     for label, times in (("alone", idle), ("flood", busy)):
         report.add(
-            what=f"{num_prompt}, {label}",
+            what=f"{model}, {num_prompt}, {label}",
             key="light",
             weight=1,
             requests=len(times),
@@ -191,7 +229,7 @@ async def single(report: Report, url: str, num_prompt: int, seconds: float) -> N
             times_idle=statistics.median(times) / statistics.median(idle),
         )
     report.add(
-        what=f"{num_prompt}, flood",
+        what=f"{model}, {num_prompt}, flood",
         key="flood",
         weight=1,
         requests=200,
@@ -278,6 +316,7 @@ def main() -> None:
     """Measure what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=["single", "split", "overload"])
+    parser.add_argument("--model", choices=["pebble", *SHAPES], help="of single (default: all)")
     parser.add_argument("--seconds", type=float, default=30.0)
     args = parser.parse_args()
     columns = "what key weight requests tokens_per_s share due first_ms_p50 first_ms_max"
@@ -286,9 +325,15 @@ def main() -> None:
     )
     wanted = [args.only] if args.only else ["single", "split", "overload"]
     if "single" in wanted:
-        with server() as running:
-            for num_prompt in (64, 1000):
-                asyncio.run(single(report, running.url, num_prompt, args.seconds / 3))
+        for model, num_prompt in SINGLE:
+            if args.model not in (None, model):
+                continue
+            with tempfile.TemporaryDirectory(prefix="millrace-bench-") as folder:
+                known = (
+                    PEBBLE if model == "pebble" else make_checkpoint(SHAPES[model], Path(folder))
+                )
+                with server(model=known) as running:
+                    asyncio.run(single(report, model, running.url, num_prompt, args.seconds / 3))
     if "split" in wanted:
         with server("--max-num-seqs=32") as running:
             asyncio.run(split(report, running.url, args.seconds / 2))

@@ -132,6 +132,21 @@ async def engine_kill(campaign: Campaign, count: int) -> None:
     await _rounds(campaign, count, strike)
 
 
+async def engine_and_zygote_kill(campaign: Campaign, count: int) -> None:
+    """SIGKILL an engine and the process that the next one was to be forked from, at once."""
+
+    async def strike() -> str:
+        engine = campaign.cluster.replicas[0].engine()
+        zygote = engine.parent()
+        assert zygote is not None
+        assert zygote.name() == "millrace-zygote"
+        engine.kill()
+        zygote.kill()
+        return "engine and zygote killed"
+
+    await _rounds(campaign, count, strike)
+
+
 async def engine_stop(campaign: Campaign, count: int) -> None:
     """SIGSTOP an engine and leave it so: a process that lives and does nothing."""
 
@@ -322,6 +337,12 @@ SCENARIOS = {
             "chat-cuts", "the same, of Chat Completions streams", chat_cuts, short=4, long=1000
         ),
         Scenario("engine-kill", "SIGKILL of the engine", engine_kill, long=200),
+        Scenario(
+            "engine-and-zygote-kill",
+            "SIGKILL of the engine and of what engines are forked from, at once",
+            engine_and_zygote_kill,
+            long=50,
+        ),
         Scenario("engine-stop", "SIGSTOP of the engine, for good", engine_stop, short=0, long=100),
         Scenario("engine-freeze", "SIGSTOP of the engine for up to 1 s", engine_freeze),
         Scenario("server-kill", "SIGKILL of a server", server_kill, long=200),

@@ -148,7 +148,7 @@ async def test_no_process_outlives_a_killed_server(engine_state: str) -> None:
     engine = psutil.Process(int(await server.stdout.readline()))
     family = psutil.Process(server.pid).children(recursive=True)
     assert engine in family
-    assert len(family) == 2
+    assert len(family) == 3
     if engine_state == "stopped":
         engine.suspend()
     os.kill(server.pid, signal.SIGKILL)

@@ -79,6 +79,13 @@ async def zygote_of(client: EngineClient) -> psutil.Process:
     return psutil.Process(zygote.pid)
 
 
+async def spare_of(client: EngineClient) -> psutil.Process:
+    """The process that takes the place of that one."""
+    while (spare := client._nursery._spare) is None or spare.lost.is_set():
+        await asyncio.sleep(0.005)
+    return psutil.Process(spare.pid)
+
+
 async def take_engine(client: EngineClient) -> None:
     """Kill the engine, and have the next one take its time."""
     (await zygote_of(client)).suspend()
@@ -262,10 +269,12 @@ async def test_engines_are_forked_from_one_process(tmp_path: Path) -> None:
     zygote = await zygote_of(client)
     assert await tokens(client.generate(request("a", [0], 20))) == list(range(1, 21))
     assert await zygote_of(client) == zygote
-    assert [child.pid for child in zygote.children()] == [client.pid]
+    spare = await spare_of(client)
+    assert {child.pid for child in zygote.children()} == {client.pid, spare.pid}
     assert client.recoveries.recovered == 3
     await client.close()
     assert not zygote.is_running()
+    assert not spare.is_running()
 
 
 async def test_three_kills_in_quick_succession(client: EngineClient) -> None:
@@ -310,4 +319,47 @@ async def test_a_zygote_that_is_killed_alone_is_replaced(client: EngineClient) -
     assert client.pid == engine
     hurt(client, signal.SIGKILL)
     assert await tokens(client.generate(request("a", [0], 20))) == list(range(1, 21))
-    assert [child.pid for child in zygote_next.children()] == [client.pid]
+    spare = await spare_of(client)
+    assert {child.pid for child in zygote_next.children()} == {client.pid, spare.pid}
+
+
+async def test_a_spare_takes_the_place_of_a_zygote_killed_with_its_engine(tmp_path: Path) -> None:
+    client = await start(tmp_path)
+    stream = client.generate(request("a", [0], 3000))
+    seen = (await anext(stream)).token_ids
+    killed: list[psutil.Process] = []
+    for _ in range(3):
+        zygote, spare = await zygote_of(client), await spare_of(client)
+        hurt(client, signal.SIGKILL)
+        zygote.kill()
+        killed.append(zygote)
+        for _ in range(8):  # one that brought nothing would be said to have died of the request
+            seen += (await anext(stream)).token_ids
+        assert await zygote_of(client) == spare
+        assert (await spare_of(client)) not in (zygote, spare)
+        # Orphans are not left to init.
+        assert spare.ppid() == os.getpid()
+    seen += await tokens(stream)
+    assert seen == list(range(1, 3001))
+    last = [await zygote_of(client), await spare_of(client)]
+    await client.close()
+    assert not any(process.is_running() for process in [*killed, *last])
+
+
+async def test_a_spare_that_dies_alone_is_replaced(client: EngineClient) -> None:
+    zygote, spare = await zygote_of(client), await spare_of(client)
+    assert spare.name() == "millrace-spare"
+    spare.kill()
+    while (present := await spare_of(client)) == spare:
+        await asyncio.sleep(0.005)
+    assert await zygote_of(client) == zygote
+    assert present.ppid() == zygote.pid
+
+
+async def test_without_a_spare_another_zygote_is_started(client: EngineClient) -> None:
+    zygote, spare = await zygote_of(client), await spare_of(client)
+    hurt(client, signal.SIGKILL)
+    for process in (spare, zygote):
+        process.kill()
+    assert await tokens(client.generate(request("a", [0], 20))) == list(range(1, 21))
+    assert await zygote_of(client) not in (zygote, spare)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from engine.errors import RequestError
 from engine.fairness import TokenCosts
 from tests.engine.mutants import Mutation, load_modules
-from tests.engine.scheduler_steps import add, run_to_end, scheduler, step
+from tests.engine.scheduler_steps import add, finish_step, run_to_end, scheduler, shape, step
 from tests.engine.scheduler_world import VOCABULARY, World, WorldSettings, request_of
 
 COSTS = TokenCosts()
@@ -102,6 +102,7 @@ def run_backlog(modules: Any, seed: int, num_steps: int) -> Backlog:
             max_model_len=rng.randrange(6, 40),
             chunk_tokens=rng.choice([None, 3]),
             prefix_cache=rng.random() < 0.7,
+            steps_ahead=seed // 2 % 2,
         )
     else:  # few seats, held for longer than the slack
         limits = WorldSettings(
@@ -110,6 +111,7 @@ def run_backlog(modules: Any, seed: int, num_steps: int) -> Backlog:
             max_num_tokens=rng.randrange(4, 8),
             max_num_seqs=rng.randrange(1, 4),
             max_model_len=120,
+            steps_ahead=seed // 2 % 2,
         )
     weights = {"one": 1.0, "two": rng.choice([1.0, 1.0, 2.0, 5.0])}
     if rng.random() < 0.3:
@@ -128,7 +130,7 @@ def test_tenants_that_always_have_work_stay_within_steps_of_their_shares(seed: i
     run_backlog(real_modules(), seed, 100)
 
 
-FAIRNESS, SCHEDULER = "engine.fairness", "engine.scheduler"
+FAIRNESS, SCHEDULER, AHEAD = "engine.fairness", "engine.scheduler", "engine.ahead"
 MUTATIONS = [
     Mutation("nobody yields", FAIRNESS, "if ahead <= self._slack:", "if True:"),
     Mutation("steps cost nothing", FAIRNESS, "account.served += account.planned", "pass"),
@@ -152,6 +154,52 @@ def test_planted_unfairness_is_found(mutation: Mutation) -> None:
     with pytest.raises(AssertionError):
         for seed in range(60):
             run_backlog(modules, seed, 150)
+
+
+def charge_for_prompts(modules: Any, steps_ahead: int) -> None:
+    """Serve prompts in chunks beside answers, and compare the charges with the world's books."""
+    limits = WorldSettings(
+        num_blocks=100, max_num_tokens=12, chunk_tokens=5, max_model_len=100,
+        prefix_cache=False, steps_ahead=steps_ahead,
+    )  # fmt: skip
+    world = Backlog(limits, modules, {"one": 2.0}, seed=5)
+    for index in range(60):
+        if index % 9 == 0:  # the first of them keeps the account open
+            prompt = [index % 3 + 1, 2, 3] * 6  # not a chunk and one: that one counts as drawn only
+            room = 80 if index == 0 else 3
+            options = {"max_tokens": room, "ignore_eos": True, "tenant": "one", "weight": 2.0}
+            world.add(request_of(f"one{index}", prompt, **options))
+        world.step()
+        account = world.scheduler._requests["one0"].account
+        assert account.virtual * 2.0 == pytest.approx(world.served["one"])
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_charges_are_for_what_is_computed(steps_ahead: int) -> None:
+    charge_for_prompts(real_modules(), steps_ahead)
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [
+        Mutation(
+            "a step ahead is free",
+            AHEAD,
+            "self._charge(plan)\n            plan.assume()",
+            "self._accounts.forget_plan()\n            plan.assume()",
+        ),
+        Mutation(
+            "chunks under way are charged again",
+            SCHEDULER,
+            "seen = max(start, state.prompt_seen)",
+            "seen = state.prompt_seen",
+        ),
+    ],
+    ids=lambda mutation: mutation.name,
+)
+def test_planted_wrong_charges_are_found(mutation: Mutation) -> None:
+    with pytest.raises(AssertionError):
+        charge_for_prompts(load_modules(mutation), 1)
 
 
 def served(sched: Any, num_steps: int) -> dict[str, int]:
@@ -181,6 +229,66 @@ def test_a_newcomers_first_token_takes_a_step_of_its_own() -> None:
     add(sched, "b", 6, tenant="b")
     assert step(sched) == [("b", 0, 6, True)]
     assert len(step(sched)) == 6, "the others lost one step only"
+
+
+def test_a_few_rows_of_others_come_along() -> None:
+    sched = scheduler(max_num_seqs=8, max_num_tokens=64)
+    add(sched, "a", tenant="a")
+    step(sched)
+    add(sched, "b", 8, tenant="b")
+    assert step(sched) == [("a", 4, 1, True), ("b", 0, 8, True)]
+
+
+def test_others_wait_for_a_bounded_part_of_a_newcomers_prompt() -> None:
+    sched = scheduler(max_num_seqs=16, max_num_tokens=64, shared_prompt_tokens=8, num_blocks=200)
+    for index in range(10):
+        add(sched, f"a{index}", tenant="a")
+    step(sched)
+    add(sched, "b", 50, tenant="b")
+    assert step(sched) == [("b", 0, 32, False)], "half of what a step may have"
+    assert served(sched, 1) == {"a": 10, "b": 1}
+    assert step(sched)[0][:2] == ("b", 40), "then it is its turn again"
+
+
+def test_a_tenant_that_was_served_more_than_others_is_no_newcomer() -> None:
+    sched = scheduler(max_num_seqs=16, max_num_tokens=64, shared_prompt_tokens=8, num_blocks=200)
+    for index in range(10):
+        add(sched, f"a{index}", tenant="a", ignore_eos=True)
+    step(sched)
+    alone = []
+    for index in range(6):
+        add(sched, f"b{index}", 20, tenant="b", max_tokens=1)
+        rows = step(sched)
+        alone.append(len(rows) == 1)
+        while any(name.startswith("b") for name in sched._requests):
+            step(sched)
+    assert alone[0]
+    assert not all(alone), "it gets ahead, and then waits like anyone"
+
+
+def test_a_running_step_gives_way_to_a_newcomer_once() -> None:
+    sched = scheduler(max_num_seqs=16, max_num_tokens=64)
+    for index in range(10):
+        add(sched, f"a{index}", tenant="a")
+    step(sched)
+    plan = sched.plan()
+    add(sched, "a-more", 20, tenant="a")
+    assert not sched.gives_way(), "its tenant has a part in the crowd"
+    add(sched, "b", 20, tenant="b")
+    assert sched.gives_way()
+    plan = sched.plan()
+    assert shape(plan) == [("b", 0, 20, True)]
+    add(sched, "c", 20, tenant="c")
+    assert not sched.gives_way(), "newcomers do not chase each other away"
+    finish_step(sched, plan)
+    assert step(sched) == [("c", 0, 12, False)], "but go one after the other, for so long"
+    plan = sched.plan()
+    assert len(plan.rows) > 10
+    add(sched, "d", 20, tenant="d")
+    assert not sched.gives_way(), "nor is the crowd's step dropped twice"
+    finish_step(sched, plan)
+    plan = sched.plan()
+    assert {state.request.tenant for state, *_ in plan.rows} < {"c", "d"}
 
 
 def test_anothers_long_prompt_is_read_in_small_parts_while_answers_wait() -> None:

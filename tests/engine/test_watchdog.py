@@ -134,7 +134,7 @@ def test_one_interruption_is_forgotten() -> None:
     assert clock.pulse._silence_s < 1.0
 
 
-def test_a_runner_speaks_after_every_layer_and_before_every_slice_of_logits(
+def test_a_runner_speaks_after_every_half_of_a_layer_and_before_every_slice_of_logits(
     tmp_path: Path,
 ) -> None:
     path, _ = make(tmp_path, Shape(num_layers=3))
@@ -163,8 +163,8 @@ def test_a_runner_speaks_after_every_layer_and_before_every_slice_of_logits(
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=0)
     scheduler.add(Request(request_id="a", prompt_ids=[1] * 9, sampling=sampling))
     runner.step(scheduler.plan())
-    # Three layers, the sampled row, and eight rows of the prompt by two.
-    assert beats == [9] + [0] * (3 + 1 + 4)
+    # Halves of three layers, the sampled row, and eight rows of the prompt by two.
+    assert beats == [9] + [0] * (2 * 3 + 1 + 4)
 
 
 def test_a_starved_engine_is_not_hung() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from engine.link import Failed, FromZygote, Prepared, pop_frames
+from engine.link import FORK_ENGINE, FORK_ZYGOTE, Failed, FromZygote, Prepared, pop_frames
 from engine.recovery import RESTART_DELAY_S, Recovery
 from engine.zygote import Zygote
 
@@ -65,10 +65,10 @@ def test_it_prepares_and_says_so(served: Served) -> None:
 
 def test_a_fork_that_fails_is_said_and_the_next_is_tried(served: Served) -> None:
     assert served.message() == Prepared()
-    for _ in range(2):
+    for what in (FORK_ENGINE, FORK_ZYGOTE, FORK_ENGINE):
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            socket.send_fds(served.control, [b"\0"], [theirs.fileno()])
+            socket.send_fds(served.control, [what], [theirs.fileno()])
             failed = served.message()
             assert isinstance(failed, Failed)
             assert "too many processes" in failed.message

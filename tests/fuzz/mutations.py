@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["ROUTES", "Route", "mutated_request", "request_bytes"]
+__all__ = ["ROUTES", "Route", "mutated", "mutated_request", "request_bytes"]
 
 Json = Any
 
@@ -235,6 +235,16 @@ def _mutated_path(rng: random.Random, path: str) -> str:
     return path[:at] + odd + path[at:] if rng.random() < 0.3 else path + odd
 
 
+def mutated(rng: random.Random, body: Json) -> tuple[list[str], Json]:
+    """Return the names of a few changes, and the body with them; it may be changed in place."""
+    names: list[str] = []
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 4))):
+        change = rng.choice(TREE)
+        names.append(change.__name__)
+        body = change(rng, body)
+    return names, body
+
+
 def mutated_request(
     rng: random.Random, key: str, routes: Sequence[Route] = ROUTES
 ) -> tuple[str, bytes]:
@@ -245,10 +255,7 @@ def mutated_request(
     body = copy.deepcopy(route.body)
     names: list[str] = []
     if body is not None:
-        for _ in range(rng.choice((0, 1, 1, 1, 2, 4))):
-            change = rng.choice(TREE)
-            names.append(change.__name__)
-            body = change(rng, body)
+        names, body = mutated(rng, body)
         headers.append(("Content-Type", "application/json"))
     data = b"" if body is None else json.dumps(body).encode("utf-8", "replace")
     if rng.random() < 0.25:

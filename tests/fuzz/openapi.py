@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from tests.e2e.live import LiveServer
 from tests.fuzz.fuzzing import KEYS
@@ -43,7 +45,7 @@ def run_schemathesis(
 ) -> SchemaRun:
     """Let it ask for ``seconds`` at most, in the given phases of its own."""
     command = [
-        sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json",
+        sys.executable, "-m", "schemathesis.cli", "run", "openapi.json", "--url", server.url,
         "--header", f"Authorization: Bearer {KEYS[0]}",
         "--checks", ",".join(CHECKS), "--phases", phases,
         "--max-time", str(seconds),
@@ -55,6 +57,7 @@ def run_schemathesis(
         "--continue-on-failure", "--output-truncate", "false",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "openapi.json").write_text(json.dumps(_document(server)))
         run = subprocess.run(
             command,
             cwd=folder,
@@ -65,3 +68,16 @@ def run_schemathesis(
             check=False,
         )
     return SchemaRun(run.returncode == 0, run.stdout)
+
+
+def _document(server: LiveServer) -> dict[str, Any]:
+    """Return the served document with the served model's name as the only one.
+
+    It may name any, but of names that are guessed hardly one in a thousand is right: then what is
+    tested is how the others are refused.
+    """
+    document: dict[str, Any] = json.loads(server.get("/openapi.json")[1])
+    for name, schema in document["components"]["schemas"].items():
+        if name.endswith("Request") and "model" in schema["properties"]:
+            schema["properties"]["model"] = {"const": "pebble"}
+    return document

@@ -21,6 +21,13 @@ T = TypeVar("T")
 OWNER = "me"
 
 
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done a part at a time is so here, too, with a handful of items."""
+    for module in ("batches", "records"):
+        monkeypatch.setattr(f"server.conversations.{module}.BATCH", 2)
+
+
 class _Model:
     """One conversation: each item's parent in the order of adding, and the head."""
 
