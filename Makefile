@@ -1,6 +1,6 @@
 # Everything a person needs is a target here; `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check bench chaos clients page pebble evaluate system-packages clean
+.PHONY: help setup serve test check bench gpu chaos clients page pebble evaluate system-packages clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -17,6 +17,7 @@ help:
 	@echo "make setup    only the set-up: .venv with the command .venv/bin/millrace"
 	@echo "make page     build the chat page (Node.js 20 or newer)"
 	@echo "make bench    the benchmark tables (quiet machine; BENCH=engine|serve for one)"
+	@echo "make gpu      checks and figures on an NVIDIA GPU, in ten minutes (OUT=folder, ONLY=parts, ROWS=patterns, COMMIT)"
 	@echo "make chaos    harm real servers for long and print the reliability table (SEED; COUNT for short; needs Redis)"
 	@echo "make clients  try the client libraries (openai, LangChain, PydanticAI, …) and print what works (needs Node.js)"
 	@echo "make pebble   train the bundled model anew (DATA=folder of packed text, MINUTES=90)"
@@ -78,6 +79,13 @@ check: $(DEV)
 BENCH ?= engine serve
 bench: $(DEV)
 	@for table in $(BENCH); do $(BIN)/python -m tests.bench.$$table || exit 1; done
+
+# Where a GPU is, the project's packages may lie beside the system's torch: GPU_PYTHON=python3.
+GPU_PYTHON ?= $(BIN)/python
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(DEV))
+	@test -n "$(OUT)" || { echo "Say where what is measured goes: make gpu OUT=folder"; exit 2; }
+	$(GPU_PYTHON) -m tests.gpu --out $(OUT) $(if $(ONLY),--only $(ONLY)) $(if $(ROWS),--rows $(ROWS)) \
+		$(if $(COMMIT),--commit $(COMMIT)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(DRY),--dry)
 
 SEED  ?= 1
 COUNT ?=

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("millrace.engine")
 
+_COLLECTED_AFTER = 20_000
+"""New objects after which the garbage collector looks at them; they are seldom part of a cycle."""
 _STEP_FAILED = 70
 """Exit code: a step could not be computed (EX_SOFTWARE of sysexits.h)."""
 _FIRST_TO_GO, _SECOND_TO_GO = "500", "250"
@@ -73,8 +75,10 @@ def _serve(link: Link) -> int:
         link.drain(5.0)
         return 1
     # Everything loaded so far lives as long as the process: keep it out of every later collection.
+    # What comes later is mostly freed by its counts; a collection in every few steps finds nothing.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(_COLLECTED_AFTER, 20, 50)
     link.send(Ready(info))
     try:
         loop.run()
@@ -112,8 +116,8 @@ def _load(link: Link, configure: Configure) -> tuple[Core, ModelInfo]:
     )
     scheduler = Scheduler(
         cache,
-        max_num_tokens=config.max_num_tokens,
-        max_num_seqs=config.max_num_seqs,
+        max_num_tokens=runner.limits.max_num_tokens,
+        max_num_seqs=runner.limits.max_num_seqs,
         max_model_len=info.max_model_len,
         eos_token_ids=info.eos_token_ids,
         chunk_tokens=config.chunk_tokens,
@@ -125,6 +129,7 @@ def _load(link: Link, configure: Configure) -> tuple[Core, ModelInfo]:
         scheduler,
         runner,
         vocab_size=info.vocab_size,
+        steps_ahead=runner.steps_ahead,
         check_integrity=config.check_integrity,
     )
     return core, info

@@ -83,15 +83,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Most tokens of prompt and answer together; None: what the checkpoint states."""
     kv_memory_bytes: int | None = None
     """Size of the KV cache; None: from what the device has free."""
-    max_num_tokens: int = 2048
-    """Most tokens computed in one step, over all requests."""
-    max_num_seqs: int = 256
-    """Most requests that run at once."""
+    max_num_tokens: int | None = None
+    """Most tokens computed in one step, over all requests; None: 2048 on a CPU; on a GPU up to
+    8192, as many as take no longer than 50 ms there."""
+    max_num_seqs: int | None = None
+    """Most requests that run at once; None: 256 on a CPU; on a GPU up to 512, by its memory."""
     block_size: int = 16
     """Tokens in a KV block."""
     num_threads: int | None = None
     """Compute threads on a CPU; None: from the cores this process may use."""
     prefix_cache: bool = True
+    steps_ahead: int | None = None
+    """Steps that are launched before the tokens of the one before them are known, 0 or 1; None: 1
+    on a GPU, 0 on a CPU, which has nobody to compute the next step while this one is read."""
+    cuda_graphs: bool = True
+    """On a GPU, record steps without prompts once and replay them."""
     chunk_tokens: int | None = None
     """Most prompt tokens of one request in one step; None: up to ``max_num_tokens``."""
     adapter: str | None = None
@@ -109,17 +115,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Check the block pool's books whenever the engine is idle (debugging, tests)."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_tokens", "max_num_seqs", "block_size"):
-            _at_least(name, getattr(self, name), 1)
+        _at_least("block_size", self.block_size, 1)
         for name in ("prompt_cost", "cached_cost", "decode_cost"):
             if not 0 <= (cost := getattr(self, name)) < 1e6:
                 raise ConfigError(f"{name} is {cost}; it must be at least 0 and below 1000000")
         if not self.decode_cost:
             # What is never charged could go on for ever before another's turn comes.
             raise ConfigError("decode_cost is 0; it must be more")
-        for name in ("max_model_len", "num_threads", "chunk_tokens", "shared_prompt_tokens"):
+        for name in (
+            "max_model_len", "max_num_tokens", "max_num_seqs", "num_threads", "chunk_tokens",
+            "shared_prompt_tokens",
+        ):  # fmt: skip
             if (value := getattr(self, name)) is not None:
                 _at_least(name, value, 1)
+        if self.steps_ahead not in (None, 0, 1):
+            raise ConfigError(f"steps_ahead is {self.steps_ahead}; it must be 0 or 1")
         if self.block_size & (self.block_size - 1):
             raise ConfigError(f"block_size is {self.block_size}; it must be a power of two")
         if self.kv_memory_bytes is not None:

@@ -1,18 +1,21 @@
-"""The engine process's loop: receive, plan, forward, commit, emit."""
+"""The engine process's loop: receive, plan, launch, collect, commit, emit."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
 
 from engine.errors import RequestError
 from engine.link import HEARTBEAT_S, Abort, FromEngine, LinkClosed, Step, Submit, ToEngine
 from engine.scheduler import Plan, Scheduler, StepOutput
 from engine.types import Delta, EngineStats, FinishReason, Request, Usage
 
-__all__ = ["Channel", "Core", "Forward", "StepFailed", "is_lack_of_memory"]
+__all__ = ["Channel", "Core", "Forward", "Launched", "StepFailed", "is_lack_of_memory"]
+
+T = TypeVar("T")
 
 _PROMPT_STEPS = 2
 """An abort whose blocks were free after no more steps came in time."""
@@ -34,15 +37,29 @@ class Channel(Protocol):
         ...
 
 
+class Launched(Protocol):
+    """A step that is computed, or was."""
+
+    def collect(self) -> StepOutput:
+        """Wait for the end of the step, which those launched before it have reached, too."""
+        ...
+
+
 class Forward(Protocol):
     """What turns a plan into tokens."""
 
-    def step(self, plan: Plan, between: Callable[[], None]) -> StepOutput:
-        """Compute the plan's rows and draw a token for those that sample.
+    def launch(self, plan: Plan, between: Callable[[], None]) -> Launched:
+        """Begin to compute the plan's rows and to draw a token for those that sample.
 
-        ``between`` is called now and then; when it raises, the step is left as not computed.
+        A device computes steps in the order in which they are launched. ``between`` is called now
+        and then meanwhile; when it raises, the step is left as not computed.
         """
         ...
+
+
+class _Flight(NamedTuple):
+    plan: Plan
+    step: Launched
 
 
 class _GivesWay(Exception):
@@ -71,7 +88,17 @@ def _go_on() -> None:
 
 
 class Core:
-    """Drives one scheduler and one runner until the link closes."""
+    """Drives one scheduler and one runner until the link closes.
+
+    Args:
+        link: to the server.
+        scheduler: plans steps.
+        runner: computes them.
+        vocab_size: tokens of the model.
+        steps_ahead: steps that are launched before the outcome of the one before them is known,
+            0 or 1.
+        check_integrity: check the scheduler's books whenever it is idle.
+    """
 
     def __init__(
         self,
@@ -80,13 +107,16 @@ class Core:
         runner: Forward,
         *,
         vocab_size: int,
+        steps_ahead: int = 0,
         check_integrity: bool = False,
     ) -> None:
         self._link = link
         self._scheduler = scheduler
         self._runner = runner
         self._vocab_size = vocab_size
+        self._steps_ahead = steps_ahead
         self._check_integrity = check_integrity
+        self._flights: deque[_Flight] = deque()
         self._steps = 0
         self._dropped_steps = 0
         self._step_s = 0.0
@@ -103,22 +133,25 @@ class Core:
 
     def turn(self) -> None:
         """Do one round: take what has come, compute one step, hand out what it brought."""
-        deltas = self._receive(0.0 if self._scheduler.has_work else HEARTBEAT_S)
+        has_work = self._scheduler.has_work or self._flights
+        deltas = self._receive(0.0 if has_work else HEARTBEAT_S)
         started = time.monotonic()
-        plan = self._scheduler.plan()
-        if plan.rows:
-            try:
-                output = self._compute(plan, deltas)
-            except _GivesWay:
-                self._dropped_steps += 1
-            else:
-                deltas += self._scheduler.commit(plan, output)
-                self._count_step(started)
+        try:
+            self._launch(deltas)
+        except _GivesWay:
+            self._dropped_steps += 1
+        if self._flights:
+            plan, step = self._flights.popleft()
+            output = self._attempt(plan, step.collect)
+            deltas += self._scheduler.commit(plan, output)
+            self._count_step(started)
         elif self._check_integrity and not self._scheduler.has_work:
             self._scheduler.check_integrity()
         self._link.send(Step(deltas, self.stats()))
 
-    def _compute(self, plan: Plan, deltas: list[Delta]) -> StepOutput:
+    def _launch(self, deltas: list[Delta]) -> None:
+        """Launch the next step, and then what may be ahead of it."""
+
         def look_up() -> None:
             # What is aborted here frees blocks that the step may still write to, but nobody is
             # given them before the next plan.
@@ -126,8 +159,18 @@ class Core:
             if self._scheduler.gives_way():
                 raise _GivesWay
 
+        while len(self._flights) <= self._steps_ahead:
+            plan = self._scheduler.plan(after=self._flights[-1].plan if self._flights else None)
+            if not plan.rows:
+                return
+            # Where steps are only launched here, this is not the time that they take.
+            looks = plan.num_tokens >= _LONG_STEP and not self._steps_ahead
+            launch = partial(self._runner.launch, plan, look_up if looks else _go_on)
+            self._flights.append(_Flight(plan, self._attempt(plan, launch)))
+
+    def _attempt(self, plan: Plan, call: Callable[[], T]) -> T:
         try:
-            return self._runner.step(plan, look_up if plan.num_tokens >= _LONG_STEP else _go_on)
+            return call()
         except (LinkClosed, _GivesWay):  # LinkClosed: the server went away in the middle of it
             raise
         except Exception as error:

@@ -82,8 +82,8 @@ class Newcomers:
 
     def _comes_first(self, state: RequestState, num_tokens: int) -> bool:
         """Whether a tenant's only request goes before so many tokens, others' among them."""
-        left = len(state.token_ids) - state.num_computed
-        if state.num_output or num_tokens * _CROWD <= min(left, self.room):
+        left = state.num_left
+        if state.num_output or state.num_unknown or num_tokens * _CROWD <= min(left, self.room):
             return False
         account = state.account
         others = [one.account for one in self._seats.running if one is not state]

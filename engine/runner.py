@@ -6,30 +6,34 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from msgspec import structs
 
 from engine.adapter import Adapter
 from engine.batch import BatchBuilder
-from engine.cache import CacheManager, FullAttentionGroup
 from engine.cgroups import cpu_limit
 from engine.config import Device, Dtype, EngineConfig, KvCacheDtype, Quantization
 from engine.errors import ConfigError
 from engine.generation_config import read_sampling_defaults
+from engine.graphs import CudaRecorder, Graphs, Recorder, bucket_sizes
 from engine.hub import resolve_model
+from engine.limits import Limits, choose_num_tokens, first_limits, measure, warm_up
 from engine.loader import WeightSource
 from engine.memory import available_bytes, num_kv_blocks, zeroed_memory
 from engine.model_config import ModelConfig, read_model_config
 from engine.models import KVCache, Model, Workspace, family_of, kv_block_bytes
 from engine.pulse import Pulse
 from engine.quantisation import SCHEMES
-from engine.sampler import Sampler
-from engine.scheduler import Scheduler
+from engine.resident import Resident
+from engine.sampler import Drawn, Entries, Sampler
 from engine.steps import Plan, StepOutput
-from engine.types import ModelInfo, Request, SamplingParams
+from engine.transfer import Arrivals
+from engine.types import ModelInfo
 from kernels import E4M3, BackendUnavailable, Fp8Ops, Ops, select
 
-__all__ = ["Runner"]
+__all__ = ["LaunchedStep", "Runner"]
 
 log = logging.getLogger("millrace.engine")
 
@@ -44,6 +48,24 @@ def _nothing() -> None:
     pass
 
 
+class LaunchedStep(NamedTuple):
+    """A step whose results are on their way."""
+
+    arrivals: Arrivals
+    drawn: Drawn | None
+    prompts: dict[int, list[Entries]]
+
+    def collect(self) -> StepOutput:
+        """Wait until they are there."""
+        self.arrivals.wait()
+        token_ids, logprobs = self.drawn.read() if self.drawn else ([], [])
+        prompts = {
+            row: [entry for part in parts for entry in part.read()]
+            for row, parts in self.prompts.items()
+        }
+        return StepOutput(token_ids, logprobs, prompts)
+
+
 class Runner:
     """Loads a model, sizes its KV cache, and computes steps.
 
@@ -51,6 +73,8 @@ class Runner:
         config: what to load and how much memory to use.
         on_progress: called with what is going on and its finished fraction, 0 to 1.
         pulse: told of every piece of a step that is done.
+        recorder: what records steps that only decode; None: the device's own, if it has one and
+            ``config`` wants it.
 
     Raises:
         CheckpointError: the model is missing, damaged or not supported.
@@ -62,6 +86,7 @@ class Runner:
         config: EngineConfig,
         on_progress: Callable[[str, float], None] = lambda stage, fraction: None,
         pulse: Pulse | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._pulse = Pulse() if pulse is None else pulse
         self._between = _nothing
@@ -100,20 +125,37 @@ class Runner:
             self._model: Model = family(model_config, ops, source, max_model_len=max_model_len)
             # 16-bit activations would cost a CPU conversions and gain it nothing.
             act = torch.float32 if self._device.type == "cpu" else source.dtype
-            max_rows = min(config.max_num_seqs, config.max_num_tokens)
+            kv_dtype = kv_cache_dtype or source.dtype
+            limits = first_limits(
+                config.max_num_tokens,
+                config.max_num_seqs,
+                on_gpu=self._device.type == "cuda",
+                token_bytes=kv_block_bytes(model_config, 1, kv_dtype),
+                free_bytes=config.kv_memory_bytes or available_bytes(self._device),
+            )
+            max_num_tokens, max_rows = limits.max_num_tokens, limits.max_rows
             self._work = Workspace(
                 model_config,
-                config.max_num_tokens,
+                max_num_tokens,
                 max_rows,
                 act,
                 self._device,
                 beat=self._beat,
             )
             self._cache = _allocate_cache(
-                config, model_config, max_model_len, kv_cache_dtype or source.dtype, self._device
+                config, limits, model_config, max_model_len, kv_dtype, self._device
             )
+        self.steps_ahead = _steps_ahead(config.steps_ahead, self._device)
+        if recorder is None and config.cuda_graphs and self._device.type == "cuda":
+            recorder = CudaRecorder(self._device)
         self._builder = BatchBuilder(
-            config.block_size, config.max_num_tokens, max_rows, max_model_len, self._device
+            config.block_size,
+            max_num_tokens,
+            max_rows,
+            max_model_len,
+            self._device,
+            self.steps_ahead,
+            keeps_draws=recorder is not None,
         )
         self._sampler = Sampler(
             ops, model_config.vocab_size, model_config.eos_token_ids, max_rows, self._device
@@ -133,31 +175,84 @@ class Runner:
             kv_cache_dtype=None if kv_cache_dtype is None else KvCacheDtype.FP8.value,
         )
         on_progress("warming up", 0.0)
-        self._warm_up(min(32, config.max_num_tokens, max_model_len - 1))
+        self._graphs: Graphs | None = None
+        warm_up(self.step, self.info, min(32, max_num_tokens, max_model_len - 1))
+        if recorder is not None:
+            max_blocks = -(-max_model_len // config.block_size)
+            self._resident = Resident(
+                ops, self._sampler, max_rows, max_blocks, self._device, self.steps_ahead
+            )
+            self._graphs = self._record(
+                recorder,
+                bucket_sizes(max_rows),
+                lambda fraction: on_progress("recording steps", fraction),
+            )
+        self.limits = self._measure(limits, config) if self._device.type == "cuda" else limits
         on_progress("ready", 1.0)
 
+    def step(self, plan: Plan) -> StepOutput:
+        """Compute the plan's rows and draw a token for those that sample."""
+        return self.launch(plan).collect()
+
     @torch.inference_mode()
-    def step(self, plan: Plan, between: Callable[[], None] = _nothing) -> StepOutput:
-        """Compute the plan's rows and draw a token for those that sample.
+    def launch(self, plan: Plan, between: Callable[[], None] = _nothing) -> LaunchedStep:
+        """Begin with a step; on a CPU, which has nobody else to do it, this computes all of it.
 
         ``between`` is called after each half of a layer and may raise: then the step was not
         computed, and what it wrote to blocks is written again by whatever step computes these
         positions.
         """
+        arrivals = Arrivals(self._device)
         if not plan.rows:
-            return StepOutput([], [], {})
+            return LaunchedStep(arrivals, None, {})
         self._between = between
         self._pulse.begin(plan.num_tokens)
+        if self._graphs is not None and plan.only_decodes:
+            return LaunchedStep(arrivals, self._replay(self._graphs, plan, arrivals), {})
         batch = self._builder.build(plan)
         self._sampler.enter(batch)
+        self._sampler.fill(batch)
         hidden = self._model.hidden(batch, self._cache, self._work)  # [W, E]
-        num_samples = batch.num_samples
-        logits = self._logits(hidden, 0, num_samples)
-        token_ids, logprobs = self._sampler.sample(batch, logits)
-        prompt_logprobs = self._sampler.prompt_logprobs(
-            batch, lambda start, end: self._logits(hidden, start, end), len(self._work.logits)
+        logits = self._logits(hidden, 0, batch.num_samples)
+        drawn = self._sampler.sample(batch, logits, arrivals)
+        prompts = self._sampler.prompt_logprobs(
+            batch,
+            lambda start, end: self._logits(hidden, start, end),
+            len(self._work.logits),
+            arrivals,
         )
-        return StepOutput(token_ids, logprobs, prompt_logprobs)
+        return LaunchedStep(arrivals, drawn, prompts)
+
+    def _replay(self, graphs: Graphs, plan: Plan, arrivals: Arrivals) -> Drawn:
+        rows = self._builder.decode(plan)
+        self._sampler.enter(rows)
+        self._resident.update(rows)
+        num_rows = len(plan.rows)
+        graphs.replay(num_rows)
+        return Drawn(arrivals.bring(self._resident.drawn[:num_rows], reused=True), None, [])
+
+    @torch.inference_mode()
+    def _record(
+        self, recorder: Recorder, sizes: list[int], on_progress: Callable[[float], None]
+    ) -> Graphs:
+        def decode(size: int) -> None:
+            hidden = self._model.hidden(self._resident.batch(size), self._cache, self._work)
+            self._resident.draw(self._logits(hidden, 0, size))
+
+        return Graphs(recorder, decode, sizes, on_progress)
+
+    def _measure(self, limits: Limits, config: EngineConfig) -> Limits:
+        """Measure steps, and choose how large they become where the settings leave it open."""
+        costs = measure(self.step, self.info, limits)
+        self.info = structs.replace(self.info, step_costs=costs)
+        for cost in costs:
+            log.info(
+                "a step of %d requests and %d new tokens takes %.2f ms",
+                cost.num_rows, cost.num_tokens, cost.duration_s * 1e3,
+            )  # fmt: skip
+        if config.max_num_tokens is not None:
+            return limits
+        return limits._replace(max_num_tokens=choose_num_tokens(costs, limits))
 
     def _beat(self) -> None:
         self._pulse.beat()
@@ -170,31 +265,9 @@ class Runner:
         self._model.logits(hidden[start:end], out)
         return out
 
-    def _warm_up(self, num_tokens: int) -> None:
-        """Run a prompt and a token through everything, so that no request pays for first calls."""
-        info = self.info
-        cache = CacheManager(
-            [FullAttentionGroup()], num_blocks=info.num_blocks, block_size=info.block_size
-        )
-        scheduler = Scheduler(
-            cache,
-            max_num_tokens=num_tokens,
-            max_num_seqs=1,
-            max_model_len=info.max_model_len,
-            eos_token_ids=(),
-        )
-        for temperature in (0.0, 1.0):
-            sampling = SamplingParams(max_tokens=2, temperature=temperature, logprobs=1)
-            request = Request(
-                request_id="warm-up",
-                prompt_ids=[0] * max(1, num_tokens - 1),
-                sampling=sampling,
-                cache_salt="warm-up",
-            )
-            scheduler.add(request)
-            while scheduler.has_work:
-                plan = scheduler.plan()
-                scheduler.commit(plan, self.step(plan))
+
+def _steps_ahead(wanted: int | None, device: torch.device) -> int:
+    return int(device.type == "cuda") if wanted is None else wanted
 
 
 def _max_model_len(wanted: int | None, model: ModelConfig) -> int:
@@ -268,6 +341,7 @@ def _usable_cores() -> int:
 
 def _allocate_cache(
     config: EngineConfig,
+    limits: Limits,
     model: ModelConfig,
     max_model_len: int,
     dtype: torch.dtype,
@@ -278,7 +352,7 @@ def _allocate_cache(
         block_bytes=block_bytes,
         block_size=config.block_size,
         max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=limits.max_num_seqs,
         memory_bytes=config.kv_memory_bytes,
         available_bytes=available_bytes(device),
     )

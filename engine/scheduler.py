@@ -22,21 +22,23 @@ slack was charged in between, not in circles.
 
 from __future__ import annotations
 
-from array import array
 from collections import deque
 from collections.abc import Collection
-from math import inf, isnan
 
+from engine.ahead import Outstanding
 from engine.blocks import InvariantError
 from engine.cache import CacheManager
-from engine.errors import PromptTooLong, RequestError
+from engine.errors import RequestError
 from engine.fairness import Account, Accounts, Bids, TokenCosts
 from engine.newcomers import Newcomers
-from engine.seats import Seats
-from engine.steps import Phase, Plan, RequestState, Row, StepOutput
+from engine.seats import Seats, WouldPreempt
+from engine.steps import Phase, Plan, RequestState, Row, StepOutput, check_request
 from engine.types import Delta, FinishReason, Request, TokenLogprobs
 
 __all__ = ["InvariantError", "Phase", "Plan", "RequestState", "Row", "Scheduler", "StepOutput"]
+
+
+_NOTHING = Plan([], 0)
 
 
 class Scheduler:
@@ -82,8 +84,7 @@ class Scheduler:
         self._newcomers = Newcomers(self._accounts, self._seats, max(1, max_num_tokens // 2))
         self._requests: dict[str, RequestState] = {}
         self._arrivals = 0
-        self._plan: Plan | None = None
-        self._is_newcomers = False
+        self._outstanding = Outstanding(self._accounts, self._newcomers)
         self._prompt_tokens = 0
         self._generation_tokens = 0
 
@@ -121,7 +122,7 @@ class Scheduler:
                 f"request_id {request.request_id!r} is in flight already; each needs its own",
                 param="request_id",
             )
-        self._check_prompt(request)
+        check_request(request, self._max_model_len)
         holding = self._cache.hold(request.cache_salt)
         state = RequestState(
             request, self._arrivals, holding, self._max_model_len, self._eos_token_ids
@@ -134,7 +135,7 @@ class Scheduler:
                 param="max_tokens",
             )
         if request.output_ids and (reason := state.finish_reason):
-            return _last_delta(state, reason)
+            return state.last_delta(reason)
         self._arrivals += 1
         self._requests[request.request_id] = state
         state.account = self._accounts.enter(state)
@@ -152,54 +153,69 @@ class Scheduler:
         """End a request that cannot go on; as ``abort``, but its last delta carries an error."""
         return self._end_early(request_id, FinishReason.ERROR, message)
 
-    def plan(self) -> Plan:
+    def plan(self, after: Plan | None = None) -> Plan:
         """Choose the rows of the next step and give them blocks.
 
         First the requests that need one token, so that nobody's answer waits for another's prompt;
         what is left of the budget goes to prompts in turn. A plan that was not committed is
         replaced by the next one.
+
+        With ``after``, a plan whose step is computed and which is committed next, this is the step
+        after that one, see ``engine.ahead``. No rows then mean that it cannot be planned yet.
         """
-        self._accounts.forget_plan()
+        if after is None:
+            self._outstanding.replace()
+        elif not self._outstanding.follow(after):
+            return _NOTHING
+        self._seats.preempts = after is None
+        try:
+            plan = self._choose(ahead=after is not None)
+        except WouldPreempt:
+            self._accounts.forget_plan()
+            return _NOTHING
+        self._outstanding.add(plan)
+        return plan
+
+    def _choose(self, *, ahead: bool) -> Plan:
+        """The next step, charged; ``ahead``: the one before it is computed."""
         self._seats.admit_urgent()
         rows: list[Row] = []
         behind: dict[Account, deque[RequestState]] = {}
         newcomer = self._newcomers.next()
-        self._is_newcomers = newcomer is not None
         if newcomer is not None:
             budget = min(self._max_num_tokens, self._newcomers.room)
             rows.append(self._chunk(newcomer, budget))
         else:
-            self._plan_single_tokens(self._seats.in_turn(), rows, behind)
+            running = self._seats.in_turn()
+            if ahead:
+                running = [state for state in running if not state.is_ending]
+            self._plan_single_tokens(running, rows, behind)
             budget = self._max_num_tokens - len(rows)
             if behind or self._accounts.num_waiting:
                 if self._accounts.num_tenants > 1 and rows:
                     budget = min(budget, self._shared_prompt_tokens)
                 self._plan_prompts(rows, behind, budget)
-        self._plan = Plan(rows, sum([row.num_new for row in rows]))
-        return self._plan
+        return Plan(rows, sum([row.num_new for row in rows]), newcomer is not None)
 
     def gives_way(self) -> bool:
         """Whether the latest plan is better dropped than computed, for a request that came since.
 
         Whoever asks may go on all the same; else the next ``plan()`` replaces it.
         """
-        if self._plan is None or self._is_newcomers:
+        plan = self._outstanding.only
+        if plan is None or plan.alone:
             return False
-        return self._newcomers.interrupt(self._plan.num_tokens)
+        return self._newcomers.interrupt(plan.num_tokens)
 
     def commit(self, plan: Plan, output: StepOutput) -> list[Delta]:
-        """Enter the outcome of the latest plan; returns what it added, in plan order.
+        """Enter the outcome of a plan, the earlier of two first; returns what it added, in order.
 
-        Rows of requests that were aborted meanwhile are passed over. A drawn token that ends the
+        Rows of requests that have ended meanwhile are passed over. A drawn token that ends the
         answer is part of its delta. End and stop tokens end it only once ``min_tokens`` were
         generated before them. Raises InvariantError when plan or output is not the expected one.
         """
-        if plan is not self._plan:
-            raise InvariantError("commit() takes the latest plan, once")
-        self._plan = None
-        self._check_output(plan, output)
-        self._accounts.settle()
-        self._newcomers.computed(plan.num_tokens, alone=self._is_newcomers)
+        self._outstanding.take(plan)
+        plan.check(output)
         deltas: list[Delta] = []
         drawn = 0
         finished = False
@@ -241,25 +257,6 @@ class Scheduler:
             raise InvariantError(f"requests neither wait nor run: {sorted(self._requests)}")
         self._seats.check_integrity()
 
-    def _check_prompt(self, request: Request) -> None:
-        if not request.prompt_ids:
-            raise RequestError("the prompt is empty; it needs at least one token", param="prompt")
-        if len(request.prompt_ids) >= self._max_model_len:
-            raise PromptTooLong(
-                f"the prompt has {len(request.prompt_ids)} tokens; with a context of "
-                f"{self._max_model_len} it may have at most {self._max_model_len - 1}",
-                param="prompt",
-            )
-        if not 0 < request.weight < inf:
-            raise RequestError(f"weight is {request.weight}; it must be > 0", param="weight")
-        if isnan(request.due_s):
-            raise RequestError("due_s is not a number", param="due_s")
-        try:
-            array("I", request.prompt_ids + request.output_ids)
-        except (OverflowError, TypeError) as error:
-            message = f"the prompt is not made of token ids: {error}"
-            raise RequestError(message, param="prompt") from None
-
     def _plan_single_tokens(
         self,
         running: list[RequestState],
@@ -271,8 +268,8 @@ class Scheduler:
         index = 0
         while index < len(running):  # requests at the end may give way meanwhile
             state = running[index]
-            start = state.num_computed
-            if len(state.token_ids) - start > 1:
+            start = state.num_computed + state.num_pending
+            if len(state.token_ids) + state.num_unknown - start > 1:
                 behind.setdefault(state.account, deque()).append(state)
             elif start < state.holding.capacity or self._seats.grow(state, running):
                 wants = state.prompt_logprobs is not None and state.wants_prompt_logprobs
@@ -301,22 +298,15 @@ class Scheduler:
 
     def _chunk(self, state: RequestState, budget: int) -> Row:
         """The next part of a request that is behind; charged."""
-        start = state.num_computed
-        left = len(state.token_ids) - start
+        start, left = state.num_computed + state.num_pending, state.num_left
         num_new = min(left, budget, self._chunk_tokens)
-        news = max(0, min(start + num_new, state.num_prompt) - state.prompt_seen)
+        # What a step that is not committed computes is counted already, but not seen.
+        seen = max(start, state.prompt_seen)
+        news = max(0, min(start + num_new, state.num_prompt) - seen)
         drawn = self._costs.decode if num_new == left else 0.0
         self._accounts.plan(state.account, news * self._costs.prompt + drawn)
         wants = state.wants_prompt_logprobs and start < state.num_prompt - 1
         return Row(state, start, num_new, num_new == left, wants)
-
-    def _check_output(self, plan: Plan, output: StepOutput) -> None:
-        drawn = sum([row.samples for row in plan.rows])
-        if len(output.token_ids) != drawn or len(output.logprobs) != drawn:
-            raise InvariantError(
-                f"{drawn} rows sample, but the step brought {len(output.token_ids)} tokens "
-                f"and {len(output.logprobs)} logprobs"
-            )
 
     def _count_prompt(self, state: RequestState, num_computed: int) -> None:
         news = max(0, min(num_computed, state.num_prompt) - state.prompt_seen)
@@ -371,14 +361,4 @@ class Scheduler:
         else:
             self._accounts.remove(state)
         self._finish(state)
-        return _last_delta(state, reason, error)
-
-
-def _last_delta(state: RequestState, reason: FinishReason, error: str | None = None) -> Delta:
-    return Delta(
-        request_id=state.request.request_id,
-        token_ids=[],
-        finish_reason=reason,
-        usage=state.usage,
-        error=error,
-    )
+        return state.last_delta(reason, error)

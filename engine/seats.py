@@ -12,13 +12,17 @@ from engine.cache import CacheManager
 from engine.fairness import Accounts, turn_of
 from engine.steps import Phase, RequestState
 
-__all__ = ["Seats"]
+__all__ = ["Seats", "WouldPreempt"]
 
 _HEADROOM_STEPS = 4
 """A request is let in only if those running can also grow for this many steps: one let in to be
 preempted at once would compute its prompt for nothing."""
 
 _by_order = attrgetter("order")
+
+
+class WouldPreempt(Exception):
+    """Somebody would have to give way, and may not now."""
 
 
 class Seats:
@@ -32,6 +36,7 @@ class Seats:
 
     Attributes:
         running: those that run, in order.
+        preempts: whether they give way; where not, WouldPreempt is raised instead.
         cached_tokens: prompt tokens taken from the prefix cache.
         queried_tokens: prompt tokens looked up in it.
         preemptions: how often one gave way.
@@ -45,6 +50,7 @@ class Seats:
         self._max_num = max_num
         self._cached_cost = cached_cost
         self.running: list[RequestState] = []
+        self.preempts = True
         self.cached_tokens = 0
         self.queried_tokens = 0
         self.preemptions = 0
@@ -94,7 +100,7 @@ class Seats:
 
         ``running`` is in turn; its last ones give way.
         """
-        while not self._cache.grow(state.holding, state.num_computed + 1):
+        while not self._cache.grow(state.holding, state.num_computed + state.num_pending + 1):
             last = running.pop()
             self._preempt(last)
             if last is state:
@@ -134,6 +140,8 @@ class Seats:
 
     def _preempt(self, state: RequestState) -> None:
         """Take a running request's blocks; it keeps its tokens and waits to return."""
+        if not self.preempts:
+            raise WouldPreempt
         self.leave(state)
         self._cache.release(state.holding)
         state.num_computed = 0

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Collection
 from enum import Enum
+from math import inf, isnan
 from typing import NamedTuple
 
 from engine.blocks import InvariantError
 from engine.cache import Holding
+from engine.errors import PromptTooLong, RequestError
 from engine.fairness import Account, Order
-from engine.types import FinishReason, Request, TokenLogprobs, Usage
+from engine.types import Delta, FinishReason, Request, TokenLogprobs, Usage
 
-__all__ = ["Phase", "Plan", "RequestState", "Row", "StepOutput"]
+__all__ = ["Phase", "Plan", "RequestState", "Row", "StepOutput", "check_request"]
 
 
 class Phase(Enum):
@@ -49,16 +52,24 @@ class RequestState:
         prompt_logprobs: entries so far, one for each prompt token from the second on; None when
             not asked for or already delivered.
         prompt_seen: leading prompt tokens that were counted as computed or cached.
+        num_pending: tokens after ``num_computed`` that a step computes while the next is planned.
+        num_unknown: tokens after ``token_ids`` that this step draws: 0 or 1.
+        draws_blindly: a token can be drawn before those who plan know the one before it.
+        is_plain: its draws need nothing but temperature, truncation and a seed.
     """
 
     __slots__ = (
         "account",
+        "draws_blindly",
         "holding",
+        "is_plain",
         "max_len",
         "num_cached",
         "num_computed",
+        "num_pending",
         "num_preemptions",
         "num_prompt",
+        "num_unknown",
         "order",
         "output_counts",
         "phase",
@@ -94,6 +105,11 @@ class RequestState:
         self.output_counts: dict[int, int] = dict(Counter(request.output_ids))
         self.num_preemptions = 0
         self.prompt_seen = 0
+        self.num_pending = 0
+        self.num_unknown = 0
+        # Penalties count the tokens of the answer, which is done where they are known.
+        self.draws_blindly = not sampling.penalises
+        self.is_plain = not sampling.modifies_logits and sampling.logprobs is None
         self.prompt_logprobs: list[TokenLogprobs] | None = (
             None if sampling.prompt_logprobs is None or request.output_ids else []
         )
@@ -125,9 +141,30 @@ class RequestState:
         return FinishReason.LENGTH if len(token_ids) >= self.max_len else None
 
     @property
+    def num_left(self) -> int:
+        """Tokens that no step computes or has computed yet."""
+        known = len(self.token_ids) + self.num_unknown
+        return known - self.num_computed - self.num_pending
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the token that is being drawn will be its last, whichever it is."""
+        return len(self.token_ids) + self.num_unknown >= self.max_len
+
+    @property
     def usage(self) -> Usage:
         """What it cost so far."""
         return Usage(self.num_prompt, self.num_cached, self.num_output, self.num_preemptions)
+
+    def last_delta(self, reason: FinishReason, error: str | None = None) -> Delta:
+        """What ends it when no token does."""
+        return Delta(
+            request_id=self.request.request_id,
+            token_ids=[],
+            finish_reason=reason,
+            usage=self.usage,
+            error=error,
+        )
 
     def move(self, phase: Phase) -> None:
         """Enter another phase. Raises InvariantError if there is no way from here to there."""
@@ -143,7 +180,9 @@ class RequestState:
         held = self.holding.capacity
         if not 0 <= self.num_computed < len(self.token_ids) < self.max_len:
             raise InvariantError(f"{self} should be finished, or is ahead of its tokens")
-        if (self.phase is Phase.RUNNING) != (held > 0) or held < self.num_computed:
+        if (self.phase is Phase.RUNNING) != (
+            held > 0
+        ) or held < self.num_computed + self.num_pending:
             raise InvariantError(f"{self} holds blocks for {held} tokens")
         if self.holding.publish_at <= self.num_computed:
             raise InvariantError(f"{self} has full blocks that were not published")
@@ -153,6 +192,27 @@ class RequestState:
             f"<RequestState {self.request.request_id} {self.phase.value} order={self.order} "
             f"computed {self.num_computed} of {len(self.token_ids)} tokens>"
         )
+
+
+def check_request(request: Request, max_model_len: int) -> None:
+    """Raise PromptTooLong or RequestError for one that no engine of this length could take."""
+    if not request.prompt_ids:
+        raise RequestError("the prompt is empty; it needs at least one token", param="prompt")
+    if len(request.prompt_ids) >= max_model_len:
+        raise PromptTooLong(
+            f"the prompt has {len(request.prompt_ids)} tokens; with a context of "
+            f"{max_model_len} it may have at most {max_model_len - 1}",
+            param="prompt",
+        )
+    if not 0 < request.weight < inf:
+        raise RequestError(f"weight is {request.weight}; it must be > 0", param="weight")
+    if isnan(request.due_s):
+        raise RequestError("due_s is not a number", param="due_s")
+    try:
+        array("I", request.prompt_ids + request.output_ids)
+    except (OverflowError, TypeError) as error:
+        message = f"the prompt is not made of token ids: {error}"
+        raise RequestError(message, param="prompt") from None
 
 
 class Row(NamedTuple):
@@ -180,6 +240,40 @@ class Plan(NamedTuple):
     rows: list[Row]
     num_tokens: int
     """New tokens over all rows."""
+    alone: bool = False
+    """It is a newcomer's, who has the step to itself."""
+
+    def check(self, output: StepOutput) -> None:
+        """Raise InvariantError unless ``output`` has what each row that samples brings."""
+        drawn = sum([row.samples for row in self.rows])
+        if len(output.token_ids) != drawn or len(output.logprobs) != drawn:
+            raise InvariantError(
+                f"{drawn} rows sample, but the step brought {len(output.token_ids)} tokens "
+                f"and {len(output.logprobs)} logprobs"
+            )
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every row computes one token and plainly draws the next."""
+        return self.num_tokens == len(self.rows) and all(
+            row.samples and row.state.is_plain and not row.prompt_logprobs for row in self.rows
+        )
+
+    @property
+    def can_be_followed(self) -> bool:
+        """Whether the next step can be launched before this one's tokens are known."""
+        return all(row.state.draws_blindly for row in self.rows if row.samples)
+
+    def assume(self) -> None:
+        """Let its requests count as having gone on, until ``settle``."""
+        for state, _, num_new, samples, _ in self.rows:
+            state.num_pending = num_new
+            state.num_unknown = int(samples)
+
+    def settle(self) -> None:
+        """Take ``assume`` back: what it brought is known, or will never be."""
+        for row in self.rows:
+            row.state.num_pending = row.state.num_unknown = 0
 
 
 class StepOutput(NamedTuple):

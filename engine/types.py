@@ -20,6 +20,7 @@ __all__ = [
     "Request",
     "SamplingDefaults",
     "SamplingParams",
+    "StepCost",
     "TokenLogprobs",
     "Usage",
 ]
@@ -65,6 +66,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """With n: the chosen token's log-probability and the n most likely; None: nothing."""
     prompt_logprobs: int | None = None
     """The same for each prompt token but the first."""
+
+    @property
+    def penalises(self) -> bool:
+        """Whether logits change with the tokens that were seen before."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+    @property
+    def modifies_logits(self) -> bool:
+        """Whether logits change at all before a draw."""
+        return bool(self.logit_bias or self.min_tokens) or self.penalises
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -139,6 +154,16 @@ class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     repetition_penalty: float | None = None
 
 
+class StepCost(msgspec.Struct, frozen=True, array_like=True):
+    """What a step of a kind was measured to take on this device."""
+
+    num_rows: int
+    """Requests in it."""
+    num_tokens: int
+    """New tokens of all of them."""
+    duration_s: float
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the server must know of the loaded model."""
 
@@ -156,6 +181,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """From ``generation_config.json``; for requests that do not say."""
     quantization: str | None = None
     """How the weights are quantised, by the checkpoint or at loading; None: they are not."""
+    step_costs: tuple[StepCost, ...] = ()
+    """Measured at the start, with short contexts; on a CPU nothing is."""
     kv_cache_dtype: str | None = None
     """What keys and values are stored as where that is not ``dtype``: ``fp8``."""
 

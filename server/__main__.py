@@ -85,11 +85,23 @@ def serve(
         str | None, _option("--kv-memory", "Size of the KV cache, such as 512MiB or 4GiB.")
     ] = None,
     max_num_tokens: Annotated[
-        int, _option("--max-num-tokens", "Most tokens computed in one step.")
-    ] = 2048,
+        int | None, _option("--max-num-tokens", "Most tokens computed in one step.")
+    ] = None,
     max_num_seqs: Annotated[
-        int, _option("--max-num-seqs", "Most requests that run at once.")
-    ] = 256,
+        int | None, _option("--max-num-seqs", "Most requests that run at once.")
+    ] = None,
+    steps_ahead: Annotated[
+        int | None,
+        _option("--steps-ahead", "Steps launched before the last one's tokens are known, 0 or 1."),
+    ] = None,
+    cuda_graphs: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="On a GPU, record steps without prompts and replay them.",
+            envvar="MILLRACE_CUDA_GRAPHS",
+        ),
+    ] = True,
     num_threads: Annotated[
         int | None, _option("--num-threads", "Compute threads on a CPU.")
     ] = None,
@@ -160,6 +172,8 @@ def serve(
             kv_memory_bytes=None if kv_memory is None else parse_bytes(kv_memory),
             max_num_tokens=max_num_tokens,
             max_num_seqs=max_num_seqs,
+            steps_ahead=steps_ahead,
+            cuda_graphs=cuda_graphs,
             num_threads=num_threads,
             adapter=None if adapter is None else str(adapter.expanduser().absolute()),
         )

@@ -179,7 +179,8 @@ class Workspace:
             hidden=new(tokens, width),
             qkv=new(tokens, (heads + 2 * config.num_kv_heads) * config.head_dim),
             q=new(tokens, heads, config.head_dim),
-            heads=new(tokens, heads, config.head_dim),
+            # Of padding's rows nobody writes this: it must not be a NaN that somebody multiplies.
+            heads=torch.zeros(tokens, heads, config.head_dim, dtype=dtype, device=device),
             gate_up=new(tokens, 2 * config.intermediate_size),
             gated=new(tokens, config.intermediate_size),
         )

@@ -3,9 +3,9 @@
     python -m tests.bench.peer CHECKPOINT PORT
 
 Its own server, ``transformers serve``, needs packages that Millrace does not; what is underneath is
-the same continuous batching. One aiohttp process, the model in a thread of it; each token leaves as
-one event as soon as it is known. No chat template, no text, no limits, no storage: less work than a
-real server has.
+the same continuous batching, on a GPU with CUDA graphs. One aiohttp process, the model in a thread
+of it; each token leaves as one event as soon as it is known. No chat template, no text, no limits,
+no storage: less work than a real server has.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 from typing import Any
 
 import orjson
+import torch
 from aiohttp import web
 
 from tests.bench.engine import peer_dtype
@@ -33,7 +34,9 @@ def load(checkpoint: str) -> Any:
     from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen3ForCausalLM
 
     family: Any = Qwen3ForCausalLM
-    model = family.from_pretrained(checkpoint, dtype=peer_dtype()).eval()
+    gpu = torch.cuda.is_available()
+    model = family.from_pretrained(checkpoint, dtype=torch.bfloat16 if gpu else peer_dtype())
+    model = model.to("cuda" if gpu else "cpu").eval()
     new_generation: Any = GenerationConfig
     manager = model.init_continuous_batching(
         generation_config=new_generation(
@@ -41,7 +44,9 @@ def load(checkpoint: str) -> Any:
         ),
         continuous_batching_config=ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
-            num_blocks=MAX_STREAMS * MAX_TOKENS // PAGE_TOKENS + 1,
+            # On a GPU what it has room for.
+            num_blocks=None if gpu else MAX_STREAMS * MAX_TOKENS // PAGE_TOKENS + 1,
+            use_cuda_graph=gpu,
             max_batch_tokens=2048,
             allow_block_sharing=False,
         ),

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["RESULTS", "WIDTH", "Report", "commit_name", "device_name"]
+__all__ = ["RESULTS", "WIDTH", "Report", "commit_name", "device_name", "text_of"]
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH = 210
@@ -50,7 +50,7 @@ class Report:
 
     def add(self, **figures: object) -> None:
         """Add a row; floats keep three significant digits or whole numbers when large."""
-        self.rows.append({key: _text(value) for key, value in figures.items()})
+        self.rows.append({key: text_of(value) for key, value in figures.items()})
 
     def show(self, device: str | None = None) -> Path:
         """Print the table and write the CSV, whose path it returns."""
@@ -78,7 +78,8 @@ class Report:
         return path
 
 
-def _text(value: object) -> str:
+def text_of(value: object) -> str:
+    """A figure for a table: three significant digits, or whole where it is large."""
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return str(value)

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,12 +54,18 @@ class Answer(NamedTuple):
     num_tokens: int
 
 
-async def ask(session: aiohttp.ClientSession, url: str, model: str, prompt: list[int]) -> Answer:
+async def ask(
+    session: aiohttp.ClientSession,
+    url: str,
+    model: str,
+    prompt: list[int],
+    max_tokens: int = OUTPUT_TOKENS,
+) -> Answer:
     """Stream one completion and time its tokens as they arrive."""
     body = {
         "model": model,
         "prompt": prompt,
-        "max_tokens": OUTPUT_TOKENS,
+        "max_tokens": max_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
@@ -113,31 +119,43 @@ def free_port() -> int:
         return port
 
 
-def command_of(kind: str, checkpoint: Path, port: int) -> list[str]:
-    """How a server of this kind is started."""
+def command_of(kind: str, checkpoint: Path, port: int, options: Sequence[str] = ()) -> list[str]:
+    """How a server of this kind is started; the options are Millrace's."""
     if kind == "millrace":
-        return [sys.executable, "-m", "server", "serve", str(checkpoint), "--port", str(port)]
+        command = [sys.executable, "-m", "server", "serve", str(checkpoint), "--port", str(port)]
+        return [*command, *options]
     return [sys.executable, "-m", "tests.bench.peer", str(checkpoint), str(port)]
 
 
 @contextlib.contextmanager
-def server(kind: str, checkpoint: Path) -> Iterator[str]:
-    """Run a server on the checkpoint, ready to answer."""
+def server(
+    kind: str, checkpoint: Path, *, options: Sequence[str] = (), start_s: float = 60.0
+) -> Iterator[str]:
+    """Run a server on the checkpoint, ready to answer within ``start_s``."""
     port = free_port()
-    command = command_of(kind, checkpoint, port)
+    command = command_of(kind, checkpoint, port, options)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        for _ in range(round(10 * start_s)):
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/ready", timeout=1):
                 break
             if process.poll() is not None:
                 raise RuntimeError(f"the server ended with {process.returncode}")
             time.sleep(0.1)
+        else:
+            raise RuntimeError(f"the server is not ready after {start_s:.0f} s")
         yield url
     finally:
         process.terminate()
         process.wait(30)
+
+
+def model_at(url: str) -> str:
+    """The name under which a server offers its model."""
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as response:
+        name: str = orjson.loads(response.read())["data"][0]["id"]
+        return name
 
 
 def percentile(values: list[float], percent: int) -> float:
@@ -150,8 +168,7 @@ def measure(
     report: Report, label: str, url: str, streams: list[int], *, vocab: int, rounds: int
 ) -> None:
     """Add a row for each number of streams, each of which asks ``rounds`` times."""
-    with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as response:
-        model = orjson.loads(response.read())["data"][0]["id"]
+    model = model_at(url)
     asyncio.run(load(url, model, 1, 1, vocab))
     for count in streams:
         started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -10,7 +11,8 @@ from typing import Any
 
 from engine.cache import CacheManager, FullAttentionGroup
 from engine.config import Device, EngineConfig
-from engine.runner import Runner
+from engine.graphs import Recorder
+from engine.runner import LaunchedStep, Runner
 from engine.scheduler import Scheduler
 from engine.steps import Plan
 from engine.types import Delta, FinishReason, Request, SamplingParams, TokenLogprobs, Usage
@@ -43,22 +45,28 @@ class Engine:
     Args:
         model: checkpoint directory.
         num_blocks: blocks the scheduler may use, at most those the runner has; None: all.
+        recorder: for steps that only decode.
         settings: fields of EngineConfig; device cpu and one thread unless given.
     """
 
     def __init__(
-        self, model: Path | str, *, num_blocks: int | None = None, **settings: Any
+        self,
+        model: Path | str,
+        *,
+        num_blocks: int | None = None,
+        recorder: Recorder | None = None,
+        **settings: Any,
     ) -> None:
         defaults: dict[str, Any] = {"device": Device.CPU, "num_threads": 1}
         self.config = EngineConfig(model=str(model), **{**defaults, **settings})
-        self.runner = Runner(self.config)
+        self.runner = Runner(self.config, recorder=recorder)
         self._ids = count()
         self.answers: dict[str, Answer] = {}
         self.reset(num_blocks=num_blocks)
 
     def reset(self, *, num_blocks: int | None = None, **settings: Any) -> None:
         """A new scheduler with an empty cache, and other limits than the config's if given."""
-        config, info = self.config, self.runner.info
+        config, info, limits = self.config, self.runner.info, self.runner.limits
         cache = CacheManager(
             [FullAttentionGroup()],
             num_blocks=num_blocks or info.num_blocks,
@@ -67,12 +75,14 @@ class Engine:
         )
         self.scheduler = Scheduler(
             cache,
-            max_num_tokens=settings.get("max_num_tokens", config.max_num_tokens),
-            max_num_seqs=settings.get("max_num_seqs", config.max_num_seqs),
+            max_num_tokens=settings.get("max_num_tokens", limits.max_num_tokens),
+            max_num_seqs=settings.get("max_num_seqs", limits.max_num_seqs),
             max_model_len=info.max_model_len,
             eos_token_ids=info.eos_token_ids,
             chunk_tokens=settings.get("chunk_tokens", config.chunk_tokens),
         )
+        self.steps_ahead = settings.get("steps_ahead", self.runner.steps_ahead)
+        self._flights: deque[tuple[Plan, LaunchedStep]] = deque()
         self.answers = {}
 
     def add(self, prompt: list[int], *, output_ids: Sequence[int] = (), **sampling: Any) -> str:
@@ -91,16 +101,28 @@ class Engine:
         return request_id
 
     def step(self) -> Plan:
-        """One step; a plan without rows when there is nothing to do."""
-        plan = self.scheduler.plan()
-        if plan.rows:
-            for delta in self.scheduler.commit(plan, self.runner.step(plan)):
-                self.answers[delta.request_id].add(delta)
+        """One step, as the core drives it; a plan without rows when there is nothing to do."""
+        flights = self._flights
+        while len(flights) <= self.steps_ahead:
+            plan = self.scheduler.plan(after=flights[-1][0] if flights else None)
+            if not plan.rows:
+                break
+            flights.append((plan, self.runner.launch(plan)))
+        if not flights:
+            return plan
+        plan, step = flights.popleft()
+        for delta in self.scheduler.commit(plan, step.collect()):
+            self.answers[delta.request_id].add(delta)
         return plan
+
+    def abort(self, request_id: str) -> None:
+        """End a request, as a client that leaves does."""
+        if last := self.scheduler.abort(request_id):
+            self.answers[request_id].add(last)
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
         """Step until nothing is left to do, or ``until`` says so."""
-        while self.scheduler.has_work and not until():
+        while (self.scheduler.has_work or self._flights) and not until():
             self.step()
         self.scheduler.check_integrity()
 

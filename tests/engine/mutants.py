@@ -19,6 +19,8 @@ _SOURCES = (
     "engine.fairness",
     "engine.steps",
     "engine.seats",
+    "engine.newcomers",
+    "engine.ahead",
     "engine.scheduler",
 )
 _LONG = os.environ.get("MILLRACE_HYPOTHESIS") == "long"

@@ -3,12 +3,15 @@
 The "model" draws a token from a fingerprint of everything before it. The "KV cache" is a dict from
 slot to the fingerprint that was written there, so a row that would read another request's state, or
 state that was never written, is found at once.
+
+A world may be one step ahead: a step's rows are computed when it is launched, and what they brought
+is told to the scheduler after the next step is planned and launched.
 """
 
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -96,6 +99,8 @@ def request_of(request_id: str, prompt_ids: list[int], **options: Any) -> Reques
 class _Record:
     request: Request
     order: tuple[int, float, int]
+    drawn: list[int] = field(default_factory=list)
+    """What the model drew, tokens that were not told yet or never will be included."""
     fingerprints: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -103,6 +108,26 @@ class _Record:
     last: Delta | None = None
     deaths: int = 0
     """Schedulers that were lost while it was in flight."""
+
+    def fingerprint_at(self, position: int) -> int:
+        """Of the sequence up to this position, whose token the model knows."""
+        tokens = self.request.prompt_ids + self.drawn
+        last = self.fingerprints[-1] if self.fingerprints else _root(self.request.cache_salt)
+        for token in tokens[len(self.fingerprints) : position + 1]:
+            last = fingerprint(last, token)
+            self.fingerprints.append(last)
+        return self.fingerprints[position]
+
+    def draw(self, end: int) -> int:
+        """The token at index ``end``."""
+        sampling = self.request.sampling
+        index = end - len(self.request.prompt_ids)
+        masked = _stop_ids(sampling) if index < sampling.min_tokens else frozenset()
+        token = _draw(self.fingerprint_at(end - 1), masked)
+        if index == len(self.drawn):
+            self.drawn.append(token)
+        assert self.drawn[index] == token
+        return token
 
 
 @dataclass(frozen=True)
@@ -114,6 +139,15 @@ class WorldSettings:
     max_model_len: int = 20
     chunk_tokens: int | None = None
     prefix_cache: bool = True
+    steps_ahead: int = 0
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A step that was launched and not committed."""
+
+    plan: Any
+    output: Any
 
 
 class World:
@@ -128,6 +162,8 @@ class World:
         self.live: dict[str, _Record] = {}
         self.done: list[_Record] = []
         self.deaths = self.dropped = 0
+        self.steps_ahead = 0
+        """Steps that were launched before the one ahead of them was committed."""
         self._arrivals = 0
         self._past: Counter[str] = Counter()
         """Figures of schedulers that are gone."""
@@ -136,6 +172,7 @@ class World:
     def _begin(self) -> None:
         settings, modules = self.settings, self.modules
         self.slots: dict[int, int] = {}
+        self.flights: deque[_Flight] = deque()
         self.cache = modules.cache.CacheManager(
             [modules.cache.FullAttentionGroup()],
             settings.num_blocks,
@@ -206,26 +243,49 @@ class World:
         self.scheduler.check_integrity()
 
     def step(self, meanwhile: Callable[[], object] | None = None) -> int:
-        """Plan, compute and commit one step; returns the number of rows.
+        """Launch what may be launched and commit one step; returns its number of rows.
 
-        After what happens ``meanwhile`` the scheduler may want the step dropped: it computed some
-        or all of its rows, and nobody is told.
+        After what happens ``meanwhile`` the scheduler may want the step dropped, where nothing is
+        launched ahead: it computed some or all of its rows, and nobody is told.
         """
-        waited = self.live.keys() - self._seated()
-        plan = self.scheduler.plan()
-        self.scheduler.check_integrity()
-        self._check_plan(plan)
-        self._check_admitted(waited & self._seated())
-        output = self._forward(plan)
+        while len(self.flights) <= self.settings.steps_ahead and self._launch():
+            pass
         if meanwhile is not None:
             meanwhile()
-            if self.scheduler.gives_way():
+            if not self.settings.steps_ahead and self.scheduler.gives_way():
                 self.dropped += 1
+                self.flights.clear()
                 self.scheduler.check_integrity()
                 return 0
-        self._receive(self.scheduler.commit(plan, output))
+        if not self.flights:
+            return 0
+        flight = self.flights.popleft()
+        self._receive(self.scheduler.commit(flight.plan, flight.output))
         self.scheduler.check_integrity()
-        return len(plan.rows)
+        return len(flight.plan.rows)
+
+    def _launch(self) -> bool:
+        """Plan and compute one more step; False if there is none."""
+        waited = self.live.keys() - self._seated()
+        plan = self._plan()
+        self._check_admitted(waited & self._seated())
+        if not plan.rows:
+            assert self.flights or not self.live, "nobody is served"
+            return False
+        self._check_plan(plan)
+        self.flights.append(_Flight(plan, self._forward(plan)))
+        if len(self.flights) > 1:
+            self.steps_ahead += 1
+        return True
+
+    def _plan(self) -> Any:
+        plan = self.scheduler.plan(after=self.flights[-1].plan if self.flights else None)
+        self.scheduler.check_integrity()
+        return plan
+
+    def forget_a_plan(self) -> None:
+        """Plan a step that is not computed."""
+        self._plan()
 
     def drain(self) -> None:
         """Step until all requests ended, which they must in a bounded number of steps."""
@@ -237,8 +297,10 @@ class World:
             # Between two charges the first in turn may compute all its tokens again; and each that
             # is due before it may have had to wait for a place, and send it back then.
             bound *= self.settings.max_model_len
+        # A step ahead may be of requests that turn out to have ended, and others wait meanwhile.
+        bound = (bound + 1) * (1 + self.settings.steps_ahead)
         for _ in range(bound):
-            if not self.scheduler.has_work:
+            if not self.scheduler.has_work and not self.flights:
                 break
             self.step()
         assert not self.live, f"still not finished after {bound} steps: {sorted(self.live)}"
@@ -261,17 +323,41 @@ class World:
         for row in plan.rows:
             assert row.num_new >= 1
             assert row.num_new <= (settings.chunk_tokens or settings.max_num_tokens)
-            assert row.start == row.state.num_computed
+            computed, known = row.state.num_computed, len(row.state.token_ids)
+            for before in self._rows_of(row.state):
+                computed += before.num_new
+                known += before.samples
+                assert not (before.samples and row.state.request.sampling.penalises)
+            assert row.start == computed
             end = row.start + row.num_new
-            assert row.samples == (end == len(row.state.token_ids))
-        if self.live:
-            first = min(self.live.values(), key=lambda record: record.order)
-            if len({record.request.tenant for record in self.live.values()}) == 1:
+            assert row.samples == (end == known)
+            total = len(row.state.request.prompt_ids) + row.state.request.sampling.max_tokens
+            assert end < min(total, settings.max_model_len), "its last token is computed, too"
+        live = [record for record in self.live.values() if not self._is_ending(record)]
+        if live:
+            first = min(live, key=lambda record: record.order)
+            if len({record.request.tenant for record in live}) == 1:
                 # One that is due earlier takes no seat from one that has it.
-                seated = min((self.live[name] for name in self._seated()), key=lambda r: r.order)
+                seated = min(
+                    (r for r in live if r.request.request_id in self._seated()),
+                    key=lambda r: r.order,
+                )
                 assert seated.request.request_id in ids, "the first in order makes no progress"
-            priorities = [row.state.request.priority for row in plan.rows]
+            # It may have to wait for the place of one of its own priority that is ending.
+            ending = [r.request.priority for r in self.live.values() if self._is_ending(r)]
+            priorities = [row.state.request.priority for row in plan.rows] + ending
             assert first.request.priority in priorities, "the first priority makes no progress"
+
+    def _rows_of(self, state: Any) -> list[Any]:
+        """Rows of a request in steps that are computed."""
+        return [row for flight in self.flights for row in flight.plan.rows if row.state is state]
+
+    def _is_ending(self, record: _Record) -> bool:
+        """Whether a step that is computed draws its last token, whichever that is."""
+        state = self.scheduler._requests[record.request.request_id]
+        drawing = sum(row.samples for row in self._rows_of(state))
+        total = len(record.request.prompt_ids) + record.request.sampling.max_tokens
+        return bool(len(state.token_ids) + drawing >= min(total, self.settings.max_model_len))
 
     def _seated(self) -> set[str]:
         """Requests that run."""
@@ -301,24 +387,17 @@ class World:
         written: dict[int, int] = {}
         for row in plan.rows:
             record = self.live[row.state.request.request_id]
-            tokens = record.request.prompt_ids + record.tokens
-            assert row.state.token_ids == tokens
-            last = (
-                record.fingerprints[-1] if record.fingerprints else _root(record.request.cache_salt)
-            )
-            for token in tokens[len(record.fingerprints) :]:
-                last = fingerprint(last, token)
-                record.fingerprints.append(last)
+            assert row.state.token_ids == record.request.prompt_ids + record.tokens
             for position in range(row.start):
                 slot = self._slot(row, position)
-                assert self.slots.get(slot) == record.fingerprints[position], (
+                assert self.slots.get(slot) == record.fingerprint_at(position), (
                     f"{row.state} would read wrong state at position {position}"
                 )
                 read.add(slot)
             for position in range(row.start, row.start + row.num_new):
                 slot = self._slot(row, position)
                 assert slot not in written, f"two rows write slot {slot}"
-                written[slot] = record.fingerprints[position]
+                written[slot] = record.fingerprint_at(position)
         assert not read & written.keys(), "a row writes what another reads"
         self.slots.update(written)
         return self._output(plan)
@@ -329,20 +408,16 @@ class World:
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         for index, row in enumerate(plan.rows):
             record = self.live[row.state.request.request_id]
-            sampling = record.request.sampling
             end = row.start + row.num_new
             if row.samples:
-                early = len(record.tokens) < sampling.min_tokens
-                token = _draw(
-                    record.fingerprints[end - 1], _stop_ids(sampling) if early else frozenset()
-                )
+                token = record.draw(end)
                 tokens.append(token)
-                wanted = sampling.logprobs is not None
-                logprobs.append(_entry(record.fingerprints[end - 1], token) if wanted else None)
+                wanted = record.request.sampling.logprobs is not None
+                logprobs.append(_entry(record.fingerprint_at(end - 1), token) if wanted else None)
             if row.prompt_logprobs:
                 prompt = record.request.prompt_ids
                 prompt_logprobs[index] = [
-                    _entry(record.fingerprints[position], prompt[position + 1])
+                    _entry(record.fingerprint_at(position), prompt[position + 1])
                     for position in range(row.start, min(end, len(prompt) - 1))
                 ]
         return self.modules.scheduler.StepOutput(tokens, logprobs, prompt_logprobs)
@@ -405,6 +480,7 @@ def random_settings(seed: int) -> WorldSettings:
         max_model_len=rng.randrange(4, 24),
         chunk_tokens=rng.choice([None, None, 1, 3]),
         prefix_cache=rng.random() < 0.9,
+        steps_ahead=seed // 2 % 2,
     )
 
 
@@ -430,6 +506,7 @@ def drive(settings: WorldSettings, modules: Any, seed: int, num_actions: int = 6
                 ignore_eos=rng.random() < 0.6,
                 stop_token_ids=rng.choice([(), (), (2,)]),
                 logprobs=rng.choice([None, 1]),
+                presence_penalty=rng.choice([0.0, 0.0, 0.0, 0.0, 0.5]),
                 prompt_logprobs=rng.choice([None, None, 0]),
                 priority=rng.choice([0, 0, 0, -1, 2]),
                 cache_salt=rng.choice(["", "", "other"]),
@@ -449,6 +526,8 @@ def drive(settings: WorldSettings, modules: Any, seed: int, num_actions: int = 6
                 world.step(partial(world.abort, victim))
         elif action < 0.45:
             world.die()
+        elif action < 0.47:
+            world.forget_a_plan()
         else:
             world.step()
     world.drain()

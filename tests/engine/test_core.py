@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import msgspec
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from engine.cache import CacheManager, FullAttentionGroup
 from engine.config import EngineConfig
-from engine.core import Core, StepFailed, is_lack_of_memory
+from engine.core import Core, Launched, StepFailed, is_lack_of_memory
 from engine.link import (
     HEARTBEAT_S,
     Abort,
@@ -51,16 +52,26 @@ class ScriptedLink:
         ]
 
 
+class Computed(NamedTuple):
+    """A step that was computed when it was launched."""
+
+    output: StepOutput
+
+    def collect(self) -> StepOutput:
+        return self.output
+
+
 class CountingRunner:
     """After token t comes t + 1."""
 
     def __init__(self) -> None:
         self.plans = 0
 
-    def step(self, plan: Plan, between: Callable[[], None] = lambda: None) -> StepOutput:
+    def launch(self, plan: Plan, between: Callable[[], None] = lambda: None) -> Launched:
         self.plans += 1
-        ids = [row.state.token_ids[-1] + 1 for row in plan.rows if row.samples]
-        return StepOutput(ids, [None] * len(ids), {})
+        rows = [row for row in plan.rows if row.samples]
+        ids = [row.state.token_ids[-1] + 1 + row.state.num_unknown for row in rows]
+        return Computed(StepOutput(ids, [None] * len(ids), {}))
 
 
 def submit(name: str, prompt: list[int], max_tokens: int) -> Submit:
@@ -69,13 +80,17 @@ def submit(name: str, prompt: list[int], max_tokens: int) -> Submit:
     )
 
 
-def run(link: ScriptedLink, runner: CountingRunner | None = None) -> CountingRunner:
+def run(
+    link: ScriptedLink, runner: CountingRunner | None = None, *, steps_ahead: int = 0
+) -> CountingRunner:
     cache = CacheManager([FullAttentionGroup()], num_blocks=33, block_size=4)
     scheduler = Scheduler(
         cache, max_num_tokens=16, max_num_seqs=8, max_model_len=64, eos_token_ids=[0]
     )
     runner = runner or CountingRunner()
-    core = Core(link, scheduler, runner, vocab_size=100, check_integrity=True)
+    core = Core(
+        link, scheduler, runner, vocab_size=100, steps_ahead=steps_ahead, check_integrity=True
+    )
     with pytest.raises(LinkClosed):
         core.run()
     return runner
@@ -88,6 +103,54 @@ def test_answers_leave_a_step_at_a_time_for_the_whole_batch() -> None:
     assert [delta.token_ids for delta in link.deltas("b")] == [[21], [22]]
     assert [len(step.deltas) for step in link.sent] == [2, 2, 1, 0]
     assert runner.plans == 3
+
+
+def test_a_step_is_launched_before_the_one_ahead_of_it_is_collected() -> None:
+    events: list[str] = []
+
+    class Watched(CountingRunner):
+        def launch(self, plan: Plan, between: Callable[[], None] = lambda: None) -> Launched:
+            number = self.plans
+            step = super().launch(plan)
+            events.append(f"launch {number}")
+
+            class Step:
+                def collect(self) -> StepOutput:
+                    events.append(f"collect {number}")
+                    return step.collect()
+
+            return Step()
+
+    link = ScriptedLink([submit("a", [10], 3)], [], [], [])
+    run(link, Watched(), steps_ahead=1)
+    assert [delta.token_ids for delta in link.deltas("a")] == [[11], [12], [13]]
+    # That the third token is the last is known before it is drawn: nothing follows it.
+    assert events == [
+        "launch 0", "launch 1", "collect 0", "launch 2", "collect 1", "collect 2",
+    ]  # fmt: skip
+
+
+def test_what_was_launched_after_the_last_token_is_collected_and_passed_over() -> None:
+    link = ScriptedLink([submit("a", [98], 9)], [], [], [], [])
+
+    class Ending(CountingRunner):
+        def launch(self, plan: Plan, between: Callable[[], None] = lambda: None) -> Launched:
+            self.plans += 1
+            return Computed(StepOutput([0 if self.plans == 2 else 50], [None], {}))
+
+    assert run(link, Ending(), steps_ahead=1).plans == 3
+    assert [delta.token_ids for delta in link.deltas("a")] == [[50], [0]]
+    assert link.deltas("a")[-1].finish_reason is FinishReason.STOP
+    assert link.timeouts_s[1:4] == [0.0, 0.0, HEARTBEAT_S]
+    assert link.sent[-1].stats.free_blocks == 32
+
+
+def test_an_abort_one_step_ahead_frees_its_blocks_at_once() -> None:
+    link = ScriptedLink([submit("a", [10], 50)], [], [Abort("a", time.monotonic())], [], [])
+    assert run(link, steps_ahead=1).plans == 3
+    assert [delta.token_ids for delta in link.deltas("a")] == [[11], [12], []]
+    assert link.sent[2].stats.free_blocks == 32
+    assert link.sent[2].stats.late_aborts == 0
 
 
 def test_it_waits_for_messages_only_when_idle() -> None:
@@ -151,7 +214,7 @@ def test_known_output_is_continued_or_found_complete() -> None:
 )
 def test_a_step_that_fails_ends_the_loop_and_says_why(cause: Exception, is_memory: bool) -> None:
     class Failing(CountingRunner):
-        def step(self, plan: Plan, between: Callable[[], None] = lambda: None) -> StepOutput:
+        def launch(self, plan: Plan, between: Callable[[], None] = lambda: None) -> Launched:
             raise cause
 
     link = ScriptedLink([submit("a", [10, 11], 3), submit("b", [20], 2)], [])
@@ -171,9 +234,9 @@ def test_an_abort_is_answered_in_the_same_round() -> None:
 
 def test_a_step_is_dropped_for_a_newcomer_and_computed_later() -> None:
     class LooksUp(CountingRunner):
-        def step(self, plan: Plan, between: Callable[[], None] = lambda: None) -> StepOutput:
+        def launch(self, plan: Plan, between: Callable[[], None] = lambda: None) -> Launched:
             between()
-            return super().step(plan, between)
+            return super().launch(plan, between)
 
     crowd: list[ToEngine] = [submit(f"a{n}", [10] * (2 + 2 * (n == 0)), 2) for n in range(7)]
     newcomer = msgspec.structs.replace(submit("b", [50], 1).request, tenant="other")
@@ -192,12 +255,12 @@ def test_an_abort_frees_its_blocks_within_two_steps(at_plan: int) -> None:
     held: dict[int, int] = {}
 
     class Interrupted(CountingRunner):
-        def step(self, plan: Plan, between: Callable[[], None] = lambda: None) -> StepOutput:
+        def launch(self, plan: Plan, between: Callable[[], None] = lambda: None) -> Launched:
             if self.plans + 1 == at_plan:
                 link.rounds[0].append(Abort("a", time.monotonic()))
-            output = super().step(plan, between)
+            step = super().launch(plan, between)
             held[self.plans] = len({block for row in plan.rows for block in row.state.block_ids[0]})
-            return output
+            return step
 
     # 40 tokens are read in three steps, so that some aborts fall between a prompt's chunks.
     link = ScriptedLink([submit("b", [1], 50), submit("a", [2] * 40, 20)], *([] for _ in range(12)))

@@ -11,6 +11,7 @@ from engine.batch import Batch, BatchBuilder
 from engine.cache import Holding
 from engine.sampler import Sampler
 from engine.steps import Plan, RequestState, Row
+from engine.transfer import Arrivals
 from engine.types import Request, SamplingParams, TokenLogprobs
 from kernels import select
 from kernels.reference import ReferenceOps
@@ -46,7 +47,7 @@ class Bench:
     def draw(
         self, states: list[RequestState], logits: torch.Tensor
     ) -> tuple[list[int], list[TokenLogprobs | None]]:
-        return self.sampler.sample(self.batch(states), logits.clone())
+        return self.sampler.sample(self.batch(states), logits.clone(), Arrivals(CPU)).read()
 
 
 def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
@@ -207,7 +208,8 @@ def test_prompt_logprobs_come_in_slices(max_rows: int) -> None:
         assert end - start <= max_rows
         return logits[start:end]
 
-    found = bench.sampler.prompt_logprobs(batch, head, max_rows)
+    parts = bench.sampler.prompt_logprobs(batch, head, max_rows, Arrivals(CPU))
+    found = {row: [e for part in entries for e in part.read()] for row, entries in parts.items()}
     assert found.keys() == {0, 2}
     assert len(found[0]) == 6  # predicted by positions 2..7: tokens 3..8
     assert len(found[2]) == 3

@@ -102,6 +102,7 @@ def run_backlog(modules: Any, seed: int, num_steps: int) -> Backlog:
             max_model_len=rng.randrange(6, 40),
             chunk_tokens=rng.choice([None, 3]),
             prefix_cache=rng.random() < 0.7,
+            steps_ahead=seed // 2 % 2,
         )
     else:  # few seats, held for longer than the slack
         limits = WorldSettings(
@@ -110,6 +111,7 @@ def run_backlog(modules: Any, seed: int, num_steps: int) -> Backlog:
             max_num_tokens=rng.randrange(4, 8),
             max_num_seqs=rng.randrange(1, 4),
             max_model_len=120,
+            steps_ahead=seed // 2 % 2,
         )
     weights = {"one": 1.0, "two": rng.choice([1.0, 1.0, 2.0, 5.0])}
     if rng.random() < 0.3:
@@ -128,7 +130,7 @@ def test_tenants_that_always_have_work_stay_within_steps_of_their_shares(seed: i
     run_backlog(real_modules(), seed, 100)
 
 
-FAIRNESS, SCHEDULER = "engine.fairness", "engine.scheduler"
+FAIRNESS, SCHEDULER, AHEAD = "engine.fairness", "engine.scheduler", "engine.ahead"
 MUTATIONS = [
     Mutation("nobody yields", FAIRNESS, "if ahead <= self._slack:", "if True:"),
     Mutation("steps cost nothing", FAIRNESS, "account.served += account.planned", "pass"),
@@ -152,6 +154,52 @@ def test_planted_unfairness_is_found(mutation: Mutation) -> None:
     with pytest.raises(AssertionError):
         for seed in range(60):
             run_backlog(modules, seed, 150)
+
+
+def charge_for_prompts(modules: Any, steps_ahead: int) -> None:
+    """Serve prompts in chunks beside answers, and compare the charges with the world's books."""
+    limits = WorldSettings(
+        num_blocks=100, max_num_tokens=12, chunk_tokens=5, max_model_len=100,
+        prefix_cache=False, steps_ahead=steps_ahead,
+    )  # fmt: skip
+    world = Backlog(limits, modules, {"one": 2.0}, seed=5)
+    for index in range(60):
+        if index % 9 == 0:  # the first of them keeps the account open
+            prompt = [index % 3 + 1, 2, 3] * 6  # not a chunk and one: that one counts as drawn only
+            room = 80 if index == 0 else 3
+            options = {"max_tokens": room, "ignore_eos": True, "tenant": "one", "weight": 2.0}
+            world.add(request_of(f"one{index}", prompt, **options))
+        world.step()
+        account = world.scheduler._requests["one0"].account
+        assert account.virtual * 2.0 == pytest.approx(world.served["one"])
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_charges_are_for_what_is_computed(steps_ahead: int) -> None:
+    charge_for_prompts(real_modules(), steps_ahead)
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [
+        Mutation(
+            "a step ahead is free",
+            AHEAD,
+            "self._charge(plan)\n            plan.assume()",
+            "self._accounts.forget_plan()\n            plan.assume()",
+        ),
+        Mutation(
+            "chunks under way are charged again",
+            SCHEDULER,
+            "seen = max(start, state.prompt_seen)",
+            "seen = state.prompt_seen",
+        ),
+    ],
+    ids=lambda mutation: mutation.name,
+)
+def test_planted_wrong_charges_are_found(mutation: Mutation) -> None:
+    with pytest.raises(AssertionError):
+        charge_for_prompts(load_modules(mutation), 1)
 
 
 def served(sched: Any, num_steps: int) -> dict[str, int]:

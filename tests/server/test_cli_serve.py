@@ -45,6 +45,7 @@ class TestOptions:
         ("kv_memory", "64MiB"),
         ("max_num_tokens", "100"),
         ("max_num_seqs", "9"),
+        ("steps_ahead", "1"),
         ("num_threads", "3"),
         ("redis_url", "redis://r:1"),
         ("drain_seconds", "1.5"),
@@ -63,6 +64,7 @@ class TestOptions:
             kv_memory_bytes=64 << 20,
             max_num_tokens=100,
             max_num_seqs=9,
+            steps_ahead=1,
             num_threads=3,
         )
         assert (settings.host, settings.port) == ("0.0.0.0", 81)
@@ -95,6 +97,10 @@ class TestOptions:
         for arguments, env in ((["--batch-invariant"], {}), ([], variables)):
             assert CliRunner().invoke(app, ["serve", *arguments], env=env).exit_code == 0
             assert seen[-1] == EngineConfig(batch_invariant=True)
+        variables = {"MILLRACE_CUDA_GRAPHS": "0"}
+        for arguments, env in ((["--no-cuda-graphs"], {}), ([], variables)):
+            assert CliRunner().invoke(app, ["serve", *arguments], env=env).exit_code == 0
+            assert seen[-1] == EngineConfig(cuda_graphs=False)
 
     def test_defaults(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[Any] = []
@@ -149,6 +155,7 @@ class TestStartErrors:
             ("--kv-memory=-1", "not a size"),
             ("--max-num-tokens=0", "max_num_tokens is 0; it must be at least 1"),
             ("--max-num-seqs=-3", "max_num_seqs is -3"),
+            ("--steps-ahead=2", "steps_ahead is 2; it must be 0 or 1"),
             ("--max-model-len=0", "max_model_len is 0"),
             ("--num-threads=0", "num_threads is 0"),
             ("--api-key-file=/no/such/file", "cannot read the key file /no/such/file"),

@@ -60,8 +60,8 @@ class Generator:
         )
         self._scheduler = Scheduler(
             cache,
-            max_num_tokens=config.max_num_tokens,
-            max_num_seqs=config.max_num_seqs,
+            max_num_tokens=self._runner.limits.max_num_tokens,
+            max_num_seqs=self._runner.limits.max_num_seqs,
             max_model_len=info.max_model_len,
             eos_token_ids=info.eos_token_ids,
             chunk_tokens=config.chunk_tokens,
