@@ -7,12 +7,14 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
+from kernels.fp8 import Fp8Ops
 from kernels.gpu import GpuOps
 from kernels.gpu.cost import Cost
+from tests.gpu.parts import Absent
 from tests.gpu.setting import Setting
 from tests.gpu.timing import Call
 
-__all__ = ["Case", "Maker", "Named", "compiled", "of_bytes"]
+__all__ = ["Case", "Maker", "Named", "compiled", "fp8_of", "of_bytes"]
 
 Peers = dict[str, Callable[[], Call]]
 """Name -> what makes the call. Whatever either raises is why there is no figure."""
@@ -42,6 +44,13 @@ def compiled(setting: Setting, function: _Function) -> _Function:
     backend = "eager" if setting.dry else "inductor"
     made: Any = torch.compile(function, dynamic=False, backend=backend)
     return cast(_Function, made)
+
+
+def fp8_of(ops: GpuOps) -> Fp8Ops:
+    """The same ops. Raises Absent where the device has no 8-bit floats."""
+    if not isinstance(ops, Fp8Ops):
+        raise Absent("this device has no 8-bit floats")
+    return ops
 
 
 def of_bytes(*tensors: torch.Tensor, flops: int = 0) -> Cost:

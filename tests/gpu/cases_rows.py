@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from kernels.fp8 import E4M3
 from kernels.gpu import GpuOps
 from tests.bench.checkpoints import Shape
-from tests.gpu.cases import Case, Named, Peers, compiled, of_bytes
+from tests.gpu.cases import Case, Named, Peers, compiled, fp8_of, of_bytes
 from tests.gpu.setting import Setting
 from tests.gpu.shapes import shape_of
 from tests.gpu.timing import Call
@@ -20,7 +20,6 @@ __all__ = ["cases", "head_norm_rope"]
 
 EPS = 1e-6
 ROWS = (1, 64, 4096)
-DEFAULT_ROWS = (64, 4096)
 _Make = Callable[[Setting, GpuOps, Shape, int], Case]
 
 
@@ -39,8 +38,8 @@ def cases(setting: Setting) -> Iterator[Named]:
         for name, make in makers.items():
             for rows in ROWS:
                 case = partial(_case, make, model, setting.size(rows, 4))
-                default = model == "8b" and rows in DEFAULT_ROWS and name != "rms_norm"
-                yield f"{name}-{model}-{rows}", case, default and (name != "embed" or rows > 64)
+                default = model == "8b" and rows == 4096 and name not in ("rms_norm", "embed")
+                yield f"{name}-{model}-{rows}", case, default
 
 
 def _case(make: _Make, model: str, rows: int, setting: Setting, ops: GpuOps) -> Case:
@@ -110,7 +109,7 @@ def _add_rms_norm_fp8(setting: Setting, ops: GpuOps, shape: Shape, rows: int) ->
         return _quantised(F.rms_norm(residual, weight.shape, weight, EPS))
 
     return Case(
-        lambda: ops.add_rms_norm_fp8(out, scales, mine, x, weight, EPS),
+        lambda: fp8_of(ops).add_rms_norm_fp8(out, scales, mine, x, weight, EPS),
         of_bytes(x, out, residual, residual, weight, flops=8 * x.numel()),
         _both(setting, torchs),
     )
@@ -137,7 +136,7 @@ def _swiglu_fp8(setting: Setting, ops: GpuOps, shape: Shape, rows: int) -> Case:
     out = torch.empty(rows, shape.intermediate_size, dtype=E4M3, device=setting.device)
     scales = torch.empty(rows, device=setting.device)
     return Case(
-        lambda: ops.swiglu_fp8(out, scales, gate_up),
+        lambda: fp8_of(ops).swiglu_fp8(out, scales, gate_up),
         of_bytes(gate_up, out, flops=13 * out.numel()),
         _both(setting, lambda: _quantised(_gate(gate_up))),
     )

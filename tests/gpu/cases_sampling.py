@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from kernels import Draws
 from kernels.gpu import GpuOps
 from kernels.gpu.cost import Cost
 from tests.gpu.cases import Case, Named, Peers, compiled, of_bytes
@@ -16,8 +17,8 @@ from tests.gpu.timing import Call
 __all__ = ["cases"]
 
 ROWS = (1, 64, 256)
-DEFAULT_ROWS = (1, 256)
 DRAWS = {"greedy": (0.0, 0, 1.0), "plain": (1.0, 0, 1.0), "top-k-top-p": (1.0, 50, 0.9)}
+"""Temperature, top-k and top-p of every row; the ops are told what no row asks for."""
 TOP = 5
 _Make = Callable[[Setting, GpuOps, torch.Tensor], Case]
 
@@ -32,7 +33,7 @@ def cases(setting: Setting) -> Iterator[Named]:
     }
     for name, make in makers.items():
         for rows in ROWS:
-            default = rows in DEFAULT_ROWS if name.startswith("sample") else rows == 256
+            default = rows == 256 and name.startswith("sample")
             yield f"{name}-{rows}", partial(_case, make, setting.size(rows, 3)), default
 
 
@@ -50,6 +51,8 @@ def _sample(
     warmth = torch.full((rows,), temperature, device=device)
     k = torch.full((rows,), top_k, dtype=torch.int32, device=device)
     p, floor = torch.full((rows,), top_p, device=device), torch.zeros(rows, device=device)
+
+    asked = Draws(warm=temperature > 0, top_k=top_k > 0, top_p=top_p < 1)
 
     def torchs() -> torch.Tensor:
         if temperature == 0:
@@ -71,7 +74,7 @@ def _sample(
     if temperature:
         peers["flashinfer"] = lambda: _flashinfer(logits, k, p)
     return Case(
-        lambda: ops.sample(out, logits, warmth, k, p, floor, seeds, seeds),
+        lambda: ops.sample(out, logits, warmth, k, p, floor, seeds, seeds, asked),
         of_bytes(logits),
         peers,
         out if temperature == 0 else None,  # other draws are other dice
@@ -134,11 +137,12 @@ def _logprobs(setting: Setting, ops: GpuOps, logits: torch.Tensor) -> Case:
     chosen, ranks = (torch.arange(rows, device=device) for _ in range(2))
     values = torch.empty(rows, TOP + 1, device=device)
     ids = torch.empty(rows, TOP + 1, dtype=torch.int64, device=device)
+    their_ranks = torch.empty_like(ranks)
 
     def torchs() -> torch.Tensor:
         logs = logits.log_softmax(dim=1)
         mine = logs.gather(1, chosen[:, None])
-        _ranks = (logs > mine).sum(dim=1) + 1
+        their_ranks.copy_((logs > mine).sum(dim=1) + 1)
         return torch.cat((mine, logs.topk(TOP, dim=1).values), dim=1)
 
     return Case(

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from engine.config import DEFAULT_MODEL, Device, Dtype
+from engine.config import DEFAULT_MODEL, Dtype
 from engine.tokenizer import Tokenizer
+from engine.train.evaluation.prompts import PROMPTS
 from tests.bench.checkpoints import PEBBLE, make_hollow
 from tests.engine import checkpoints
 from tests.engine.harness import Answer, Engine
-from tests.gpu.engines import MODES
+from tests.gpu.engines import MODES, new_engine
 from tests.gpu.journal import Figures
 from tests.gpu.parts import Group, Row
 from tests.gpu.setting import Setting
@@ -28,7 +29,6 @@ from tests.gpu.weights import bytes_of, made_up_weights
 
 __all__ = ["groups"]
 
-ROOT = Path(__file__).resolve().parents[2]
 SHAPE = checkpoints.Shape(
     vocab_size=1009, hidden_size=256, intermediate_size=512, num_layers=4, num_heads=8,
     num_kv_heads=2, head_dim=64,
@@ -39,8 +39,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 FP8_ERROR = {"mean": 0.25, "largest": 1.2}
 """Bounds on the errors of log-probabilities, in nats, where those of all tokens spread by 1.2."""
 PERPLEXITY_RISE = 0.01
-WINDOW = 512
-DRY_WINDOW = 48
+ANSWER_TOKENS = 128
 
 
 class Oracle(NamedTuple):
@@ -53,7 +52,7 @@ class Oracle(NamedTuple):
 
     def engine(self, **settings: Any) -> Engine:
         """Our engine on it."""
-        return new_engine(self.setting, self.folder, **settings)
+        return small_engine(self.setting, self.folder, **settings)
 
     def prompts(self) -> list[list[int]]:
         """Of many lengths, most of them across several blocks."""
@@ -86,13 +85,12 @@ def groups(setting: Setting) -> list[Group]:
     return [*found, Group("model", rows)]
 
 
-def new_engine(setting: Setting, folder: Path | str, **settings: Any) -> Engine:
-    """An engine on the device of the run."""
+def small_engine(setting: Setting, folder: Path | str, **settings: Any) -> Engine:
+    """An engine for few short requests."""
     usual: dict[str, Any] = {"kv_memory_bytes": 64 << 20, "max_num_seqs": 8}
     if setting.dry:
         usual |= {"max_model_len": 128, "max_num_seqs": 4}
-    device = Device.CPU if setting.dry else Device.CUDA
-    return Engine(folder, device=device, **{**usual, **settings})
+    return new_engine(setting, folder, **{**usual, **settings})
 
 
 @contextlib.contextmanager
@@ -138,21 +136,21 @@ def _greedy(settings: dict[str, Any], oracle: Oracle) -> Figures:
 
 def _error(mode: str, oracle: Oracle) -> Figures:
     """Of the log-probabilities of random tokens, which are all unlikely ones."""
-    (prompt,) = [p for p in oracle.prompts() if len(p) == (40 if oracle.setting.dry else 200)]
-    rows = checkpoints.all_logprobs(oracle.model, prompt)
-    wanted = [rows[place, token].item() for place, token in enumerate(prompt[1:])]
-    errors = {}
-    for name in ("bf16", mode):
-        answer = oracle.engine(**MODES[name]).generate(prompt, max_tokens=1, prompt_logprobs=0)
-        got = _prompt_logprobs(answer)
-        errors[name] = [abs(a - b) for a, b in zip(got, wanted, strict=True)]
-    mean, largest = statistics.fmean(errors[mode]), max(errors[mode])
-    usual = statistics.fmean(errors["bf16"])
+    usual, errors = (statistics.fmean(_errors(oracle, "bf16")), _errors(oracle, mode))
+    mean, largest = statistics.fmean(errors), max(errors)
     shown = f"mean {mean:.3f}, largest {largest:.3f} nats from float32; of bf16 {usual:.3f}"
     assert mean <= FP8_ERROR["mean"], shown
     assert largest <= FP8_ERROR["largest"], shown
-    assert mean > 1.5 * usual or oracle.setting.dry, f"not rounded at all? {shown}"
+    assert mean > 1.5 * usual, f"not rounded at all? {shown}"
     return {"shown": shown}
+
+
+def _errors(oracle: Oracle, mode: str) -> list[float]:
+    prompt = max(oracle.prompts(), key=len)
+    rows = checkpoints.all_logprobs(oracle.model, prompt)
+    answer = oracle.engine(**MODES[mode]).generate(prompt, max_tokens=1, prompt_logprobs=0)
+    pairs = zip(_prompt_logprobs(answer), prompt[1:], strict=True)
+    return [abs(got - rows[place, token].item()) for place, (got, token) in enumerate(pairs)]
 
 
 def _prompt_logprobs(answer: Answer) -> list[float]:
@@ -187,52 +185,71 @@ def _company(oracle: Oracle, settings: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def _perplexity(setting: Setting) -> Figures:
-    """Of the bundled model over this project's documents, in every mode."""
-    tokenizer = Tokenizer.load(PEBBLE)
-    texts = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"]
-    ids = tokenizer.encode("\n".join(path.read_text(encoding="utf-8") for path in texts))
-    window = DRY_WINDOW if setting.dry else WINDOW
-    windows = [ids[start : start + window] for start in range(0, len(ids), window)]
-    windows = [part for part in windows if len(part) > 1][: 2 if setting.dry else None]
-    found = {}
+    """Of the bundled model over answers of its own, in every mode."""
+    asked = _questions()[: 2 if setting.dry else None]
+    length, seeds = (8, 1) if setting.dry else (ANSWER_TOKENS, 4)
+    longest = max(map(len, asked)) + length + 1
+    found: dict[str, float] = {}
+    texts: list[list[int]] = []
     for mode in ("bf16", "fp8", "fp8-kv8"):
-        engine = new_engine(
-            setting, DEFAULT_MODEL, max_model_len=window + 16, dtype=Dtype.BFLOAT16, **MODES[mode]
+        engine = small_engine(
+            setting, DEFAULT_MODEL, max_model_len=longest, dtype=Dtype.BFLOAT16, **MODES[mode]
         )
-        answers = engine.generate_all(windows, max_tokens=1, ignore_eos=True, prompt_logprobs=0)
-        logprobs = [value for answer in answers for value in _prompt_logprobs(answer)]
-        assert len(logprobs) == sum(len(part) - 1 for part in windows)
-        found[mode] = math.exp(-statistics.fmean(logprobs))
-    shown = f"{', '.join(f'{mode} {x:.3f}' for mode, x in found.items())}; {len(ids)} tokens"
+        if not texts:
+            for seed in range(seeds):
+                answers = engine.generate_all(asked, max_tokens=length, temperature=1.0, seed=seed)
+                texts += [p + a.token_ids for p, a in zip(asked, answers, strict=True)]
+        scored = engine.generate_all(texts, max_tokens=1, ignore_eos=True, prompt_logprobs=0)
+        found[mode] = math.exp(-statistics.fmean(_answers_logprobs(asked * seeds, scored)))
+    tokens = sum(map(len, texts)) - seeds * sum(map(len, asked))
+    shown = f"{', '.join(f'{mode} {x:.4f}' for mode, x in found.items())}; {tokens} tokens"
     for mode, value in found.items():
         assert value <= found["bf16"] * (1 + PERPLEXITY_RISE) or setting.dry, f"{mode}: {shown}"
     return {"shown": shown}
 
 
+def _questions() -> list[list[int]]:
+    """The questions of the model's evaluation, as it is asked them."""
+    tokenizer = Tokenizer.load(PEBBLE)
+    try:
+        return [
+            tokenizer.render_chat([{"role": "user", "content": question}])
+            for prompt in PROMPTS
+            if not prompt.tools
+            for question in prompt.questions
+        ]
+    finally:
+        tokenizer.close()
+
+
+def _answers_logprobs(asked: list[list[int]], scored: list[Answer]) -> list[float]:
+    """Of the tokens behind each question."""
+    pairs = zip(asked, scored, strict=True)
+    return [x for question, answer in pairs for x in _prompt_logprobs(answer)[len(question) - 1 :]]
+
+
 def _saved(setting: Setting) -> Figures:
-    """Of 8B: weights and cache, from engines with 2 and 4 of its layers."""
-    whole = GPU_SHAPES["8b"]
+    """Of 8B: weights and cache, from engines with two of its layers."""
+    whole, layers = GPU_SHAPES["8b"], 2
     if setting.dry:
         whole = whole._replace(
-            hidden_size=128, num_heads=2, num_kv_heads=1, intermediate_size=256, vocab_size=300,
-            num_layers=6,
-        )  # fmt: skip
+            hidden_size=128, num_heads=2, num_kv_heads=1, intermediate_size=256, vocab_size=300
+        )
     weights, cached = {}, {}
     for mode in ("bf16", "fp8-kv8"):
-        sizes = []
-        for layers in (2, 4):
-            with tempfile.TemporaryDirectory(prefix="millrace-gpu-") as name, made_up_weights():
-                folder = make_hollow(whole._replace(num_layers=layers), Path(name))
-                runner: Any = new_engine(setting, folder, max_model_len=128, **MODES[mode]).runner
-            sizes.append(bytes_of(runner._model))
-            keys, _ = runner._cache.layers[0][:2]
-            cached[mode] = 2 * keys[0].nbytes / runner.info.block_size
-            del runner
-            setting.forget()
-        weights[mode] = sizes[0] + (sizes[1] - sizes[0]) / 2 * (whole.num_layers - 2)
+        with tempfile.TemporaryDirectory(prefix="millrace-gpu-") as name, made_up_weights():
+            folder = make_hollow(whole._replace(num_layers=layers), Path(name))
+            runner: Any = small_engine(setting, folder, max_model_len=128, **MODES[mode]).runner
+        in_layers = bytes_of(runner._model.layers)
+        others = bytes_of(runner._model) - in_layers
+        weights[mode] = others + in_layers / layers * whole.num_layers
+        keys, _ = runner._cache.layers[0][:2]
+        cached[mode] = 2 * keys[0].nbytes / runner.info.block_size
+        del runner
+        setting.forget()
     saved = 1 - weights["fp8-kv8"] / weights["bf16"]
     halved = 1 - cached["fp8-kv8"] / cached["bf16"]
     gib = ", ".join(f"{mode} {size / 2**30:.2f} GiB" for mode, size in weights.items())
-    shown = f"weights of 8B: {gib}, -{100 * saved:.1f} %; cache -{100 * halved:.1f} %"
+    shown = f"weights of 8B: {gib}, {-100 * saved:+.1f} %; cache {-100 * halved:+.1f} %"
     assert setting.dry or (saved > 0.42 and halved == 0.5), shown
     return {"shown": shown}

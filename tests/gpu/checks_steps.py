@@ -95,8 +95,7 @@ def _no_waiting(ours: Ours) -> Figures:
     with profile(activities=activities) as profiled:
         for _ in range(steps):
             engine.step()
-    setting.sync()
-    engine.reset()
+    ours.end_all()
     found = _steps(profiled.events(), steps)
     if setting.device.type == "cuda":
         assert found.busy_s > 0, "the profile holds no kernels"

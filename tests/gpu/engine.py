@@ -26,40 +26,45 @@ CONTEXTS = (128, 1024, 8192, 32_768)
 READS = (2048, 32_768, 102_400)
 PEERS: dict[str, Callable[[Peer, int, int], Figures]] = {
     "transformers": Peer.batching,
+    "transformers-eager": Peer.batching_eager,
     "transformers-compiled": Peer.compiled,
 }
 DEFAULT = {
     ("8b", "bf16"): ("memory", "decode-1@1024", "decode-256@128", "decode-64@1024", "read-2048",
                      "read-32768"),
+    ("8b", "transformers"): ("decode-1@1024", "decode-256@128"),
     ("8b", "fp8"): ("memory", "decode-1@1024", "decode-256@128", "read-2048"),
     ("8b", "fp8-kv8"): ("memory", "decode-1@1024", "decode-256@128", "decode-64@1024"),
     ("0.6b", "bf16"): ("decode-1@1024", "decode-256@128"),
-    ("8b", "transformers"): ("decode-1@1024", "decode-256@128"),
     ("8b", "transformers-compiled"): ("decode-1@1024",),
 }  # fmt: skip
-ORDER = ("8b", "0.6b", "4b", "14b", "30b-a3b-dense")
+"""In the order of their worth, for a run whose time ends."""
 
 
 def groups(setting: Setting) -> list[Group]:
-    """The most telling first, for a run whose time ends."""
-    found = []
-    for model in ORDER:
-        assert model in GPU_SHAPES
-        for mode in MODES:
-            default = DEFAULT.get((model, mode), ())
-            open_engine = partial(open_ours, model=model, mode=mode)
-            found.append(Group(f"{model}-{mode}", _our_rows(default), open_engine, needs_s=25))
-        for peer, measure in PEERS.items():
-            default = DEFAULT.get((model, peer), ())
-            rows = tuple(
-                Row(name, partial(_of_peer, measure, streams, context), name in default, 15, 240)
-                for streams in BATCHES
-                for context in CONTEXTS
-                if (name := f"decode-{streams}@{context}")
-            )
-            open_model = partial(open_peer, model=model)
-            found.append(Group(f"{model}-{peer}", rows, open_model, needs_s=20))
-    return found
+    """Every model with every mode and peer."""
+    others = [(model, mode) for model in GPU_SHAPES for mode in (*MODES, *PEERS)]
+    return [
+        _peers(model, mode) if mode in PEERS else _ours(model, mode)
+        for model, mode in dict.fromkeys((*DEFAULT, *others))
+    ]
+
+
+def _ours(model: str, mode: str) -> Group:
+    rows = _our_rows(DEFAULT.get((model, mode), ()))
+    return Group(f"{model}-{mode}", rows, partial(open_ours, model=model, mode=mode), needs_s=25)
+
+
+def _peers(model: str, peer: str) -> Group:
+    default = DEFAULT.get((model, peer), ())
+    rows = tuple(
+        Row(name, partial(_of_peer, PEERS[peer], streams, context), name in default, 15, 240)
+        for streams in BATCHES
+        for context in CONTEXTS
+        if (name := f"decode-{streams}@{context}")
+    )
+    opened = partial(open_peer, model=model)
+    return Group(f"{model}-{peer}", rows, opened, needs_s=20, is_peer=True)
 
 
 def _our_rows(default: tuple[str, ...]) -> tuple[Row, ...]:

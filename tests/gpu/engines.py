@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from engine.config import Device, Quantization
+from engine.config import Device, KvCacheDtype, Quantization
+from engine.graphs import Repeater
 from engine.steps import StepOutput
 from tests.bench.checkpoints import Shape, make_hollow
 from tests.bench.engine import gaps
@@ -25,12 +26,12 @@ from tests.gpu.setting import Setting, scratch_folder
 from tests.gpu.shapes import shape_of
 from tests.gpu.weights import bytes_of, made_up_weights
 
-__all__ = ["MODES", "Ours", "Peer", "open_ours", "open_peer", "random_prompts"]
+__all__ = ["MODES", "Ours", "Peer", "new_engine", "open_ours", "open_peer", "random_prompts"]
 
 MODES: dict[str, dict[str, Any]] = {
     "bf16": {},
     "fp8": {"quantization": Quantization.FP8},
-    "fp8-kv8": {"quantization": Quantization.FP8, "kv_cache_dtype": "fp8"},
+    "fp8-kv8": {"quantization": Quantization.FP8, "kv_cache_dtype": KvCacheDtype.FP8},
     "bf16-invariant": {"batch_invariant": True},
     "bf16-eager": {"cuda_graphs": False, "steps_ahead": 0},
 }
@@ -49,15 +50,25 @@ def random_prompts(vocab_size: int, count: int, length: int) -> list[list[int]]:
     return [[random.randrange(3, vocab_size) for _ in range(length)] for _ in range(count)]
 
 
+def new_engine(setting: Setting, folder: Path | str, **settings: Any) -> Engine:
+    """An engine on the device of the run; in a dry one with what stands in for CUDA graphs."""
+    if not setting.dry:
+        return Engine(folder, device=Device.CUDA, **settings)
+    if settings.get("cuda_graphs", True):
+        settings = {"recorder": Repeater(), "steps_ahead": 1, **settings}
+    with setting.ops_for(settings):
+        return Engine(folder, device=Device.CPU, **settings)
+
+
 class Ours:
     """Our engine, in this process and without the link, its weights and its cache random."""
 
     def __init__(self, setting: Setting, folder: Path, settings: dict[str, Any]) -> None:
         self.setting = setting
         longest = setting.size(LONGEST, 320)
-        self.engine = Engine(
+        self.engine = new_engine(
+            setting,
             folder,
-            device=Device.CPU if setting.dry else Device.CUDA,
             max_model_len=longest,
             max_num_seqs=setting.size(256, 4),
             max_num_tokens=setting.size(8192, 64),
@@ -92,9 +103,15 @@ class Ours:
             ends.append(time.perf_counter())
         tokens = sum(len(answer.token_ids) for answer in answers) - first
         took_s = ends[-1] - ends[0]
-        # Ends what is under way, and shows that the books are right.
-        engine.reset()
+        self.end_all()
         return {"tokens_per_s": tokens / took_s, "step_ms": took_s / (len(ends) - 1) * 1e3}
+
+    def end_all(self) -> None:
+        """End what is under way, and see that the books are right."""
+        for name, answer in self.engine.answers.items():
+            if answer.finish_reason is None:
+                self.engine.abort(name)
+        self.engine.run()
 
     def read(self, length: int) -> Figures:
         """The first token of a new prompt, after a shorter one to warm up."""
@@ -144,18 +161,14 @@ class Ours:
 
 @contextlib.contextmanager
 def open_ours(setting: Setting, model: str, mode: str) -> Iterator[Ours]:
-    """An engine of this model in this mode; its memory is free afterwards."""
+    """An engine of this model in this mode."""
     random.seed(0)
     shape = shape_of(setting, model)
     with tempfile.TemporaryDirectory(prefix="millrace-gpu-", dir=scratch_folder()) as name:
         folder = make_hollow(shape, Path(name))
         with made_up_weights():
             ours = Ours(setting, folder, MODES[mode])
-    try:
-        yield ours
-    finally:
-        del ours
-        setting.forget()
+    yield ours
 
 
 class Peer:
@@ -185,7 +198,7 @@ class Peer:
             self.model: Any = family._from_config(config, dtype=setting.act).eval()
         self.model.generation_config.eos_token_id = None
 
-    def batching(self, streams: int, context: int) -> Figures:
+    def batching(self, streams: int, context: int, *, graphs: bool = True) -> Figures:
         """Continuous batching with CUDA graphs, timed by its own clock of each token."""
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -200,7 +213,7 @@ class Peer:
             max_requests_per_batch=streams,
             max_blocks_per_request=pages + pages % 2,
             allow_block_sharing=False,
-            use_cuda_graph=not self.setting.dry,
+            use_cuda_graph=graphs and not self.setting.dry,
         )
         started = time.perf_counter()
         answers = self.model.generate_batch(
@@ -224,6 +237,10 @@ class Peer:
             "step_ms": statistics.median(gaps(t[WARM_UP_STEPS:]) for t in times) * 1e3,
             "first_ms": (statistics.median(t[0] for t in times) - started) * 1e3,
         }
+
+    def batching_eager(self, streams: int, context: int) -> Figures:
+        """The same without graphs."""
+        return self.batching(streams, context, graphs=False)
 
     def compiled(self, streams: int, context: int) -> Figures:
         """``generate`` with a static cache and a compiled step."""
@@ -269,12 +286,7 @@ class Peer:
 
 @contextlib.contextmanager
 def open_peer(setting: Setting, model: str) -> Iterator[Peer]:
-    """transformers' model; its memory is free afterwards."""
+    """transformers' model."""
     random.seed(0)
-    peer = Peer(setting, shape_of(setting, model))
-    try:
-        yield peer
-    finally:
-        del peer
-        torch._dynamo.reset()
-        setting.forget()
+    yield Peer(setting, shape_of(setting, model))
+    torch._dynamo.reset()

@@ -104,9 +104,9 @@ def groups(setting: Setting) -> list[Group]:
     makers = {
         "linear": cases_linear.cases(setting),
         "attention": cases_attention.cases(setting),
+        "layer": layer.cases(setting),
         "rows": cases_rows.cases(setting),
         "sampling": cases_sampling.cases(setting),
-        "layer": layer.cases(setting),
     }
     found = [Group("roof", (Row("roof", Bench.ceilings, needs_s=3),), open_bench)]
     for name, cases in makers.items():

@@ -58,6 +58,8 @@ class Group:
     open: Callable[[Setting], AbstractContextManager[Any]] = contextlib.nullcontext
     """Makes what the rows get; without it, the setting."""
     needs_s: float = 5.0
+    is_peer: bool = False
+    """Of others: what goes wrong is a reason for no figures, not a failure."""
 
 
 class Part(NamedTuple):
@@ -71,19 +73,19 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "checks": Part("tests.gpu.checks", ("shown",), 25),
+    "checks": Part("tests.gpu.checks", ("shown",), 27),
     "kernels": Part(
         "tests.gpu.kernels",
         ("us", "GB/s", "TFLOP/s", "share", "torch us", "compiled us", "flex us", "flashinfer us",
          "times best peer", "error", "timed by"),
-        22,
+        24,
     ),
     "engine": Part(
         "tests.gpu.engine",
         ("tokens_per_s", "step_ms", "first_ms", "GiB", "KiB a token", "times best peer"),
-        40,
+        37,
     ),
-    "serve": Part("tests.gpu.serve", OPEN_LOOP, 13),
+    "serve": Part("tests.gpu.serve", OPEN_LOOP, 12),
     "tuning": Part("tests.gpu.tuning", ("ops", "file"), 0),
 }  # fmt: skip
 
@@ -136,21 +138,28 @@ def run_part(
         if setting.left_s < group.needs_s:
             _leave_out(journal, open_rows)
             continue
-        # Whatever happens while the group is opened happens to its first row.
-        first, row = next(iter(open_rows.items()))
-        journal.write(first, State.STARTED, limit_s=max(group.needs_s * 3, row.limit_s))
-        with contextlib.ExitStack() as stack:
-            try:
-                subject = stack.enter_context(group.open(setting))
-            except Exception as error:
-                for name in open_rows:
-                    _note(journal, name, error)
-                continue
-            for name, row in open_rows.items():
-                _run_row(journal, setting, name, row, subject)
+        _run_group(journal, setting, group, open_rows)
+        setting.forget()  # now that nothing here refers to what the group opened
 
 
-def _run_row(journal: Journal, setting: Setting, name: str, row: Row, subject: Any) -> None:
+def _run_group(journal: Journal, setting: Setting, group: Group, rows: dict[str, Row]) -> None:
+    # Whatever happens while the group is opened happens to its first row.
+    first, row = next(iter(rows.items()))
+    journal.write(first, State.STARTED, limit_s=max(group.needs_s * 3, row.limit_s))
+    with contextlib.ExitStack() as stack:
+        try:
+            subject = stack.enter_context(group.open(setting))
+        except Exception as error:
+            for name in rows:
+                _note(journal, name, error, is_peer=group.is_peer)
+            return
+        for name, row in rows.items():
+            _run_row(journal, setting, name, row, subject, is_peer=group.is_peer)
+
+
+def _run_row(
+    journal: Journal, setting: Setting, name: str, row: Row, subject: Any, *, is_peer: bool
+) -> None:
     if setting.left_s < row.needs_s:
         _leave_out(journal, {name: row})
         return
@@ -159,7 +168,7 @@ def _run_row(journal: Journal, setting: Setting, name: str, row: Row, subject: A
     try:
         figures = row.run(subject)
     except Exception as error:
-        _note(journal, name, error)
+        _note(journal, name, error, is_peer=is_peer)
         if _is_fatal(error):
             # A device that had an illegal access answers nothing any more in this process.
             os._exit(3)
@@ -174,12 +183,13 @@ def _leave_out(journal: Journal, rows: dict[str, Row]) -> None:
         journal.write(name, State.LEFT_OUT, reason="no time left")
 
 
-def _note(journal: Journal, name: str, error: Exception) -> None:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    state = State.ABSENT if isinstance(error, Absent) else State.FAILED
-    if state is State.FAILED:
+def _note(journal: Journal, name: str, error: Exception, *, is_peer: bool) -> None:
+    known = isinstance(error, Absent)
+    reason = " ".join(f"{'' if known else f'{type(error).__name__}: '}{error}".split())[:300]
+    if not known:
         traceback.print_exception(error)
-    journal.write(name, state, reason=str(error)[:300] if state is State.ABSENT else reason)
+    state = State.ABSENT if known or is_peer else State.FAILED
+    journal.write(name, state, reason=reason)
     print(f"{name}: {state.value}, {reason}", flush=True)
 
 

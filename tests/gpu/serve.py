@@ -76,7 +76,8 @@ def groups(setting: Setting) -> list[Group]:
                 for rate in rates
             )
             opened = partial(_open, model=model, mode=mode)
-            found.append(Group(f"{model}-{mode}", rows, opened, needs_s=40))
+            is_peer = mode == "transformers"
+            found.append(Group(f"{model}-{mode}", rows, opened, needs_s=40, is_peer=is_peer))
     return found
 
 
@@ -86,7 +87,7 @@ def _open(setting: Setting, model: str, mode: str) -> Iterator[Running]:
     options = [*MODES.get(mode, ())]
     if mode != "transformers":
         options += ["--device", setting.device.type, "--max-model-len", "1024"]
-        options += ["--kv-memory", "64MiB"] if setting.dry else []
+        options += ["--kv-memory", "1MiB"] if setting.dry else []
     kind = "transformers" if mode == "transformers" else "millrace"
     with tempfile.TemporaryDirectory(prefix="millrace-gpu-", dir=scratch_folder()) as name:
         checkpoint = make_filled(shape, Path(name), max_positions=4096)

@@ -9,8 +9,12 @@ from __future__ import annotations
 import gc
 import os
 import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -53,6 +57,14 @@ class Setting:
         """A size of the real run, or what stands for it in a dry one."""
         return min(real, dry) if self.dry else real
 
+    def ops_for(self, settings: Mapping[str, Any]) -> AbstractContextManager[Any]:
+        """Within it, engines with these settings get ops that can do it.
+
+        A dry run's are the oracle's, whose rows are not the same in any batch; the CPU's are.
+        """
+        change = self.dry and settings.get("batch_invariant")
+        return mock.patch.dict(os.environ, {"MILLRACE_KERNELS": "auto"} if change else {})
+
     def sync(self) -> None:
         """Wait for the device."""
         if self.device.type == "cuda":
@@ -74,8 +86,14 @@ class Setting:
 
 
 def dry_environment() -> dict[str, str]:
-    """Variables of a dry run's processes, before triton is imported."""
-    return {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    """Variables of a dry run's processes, before triton is imported.
+
+    Engines compute with the oracle's ops, which have everything that those of a GPU have.
+    """
+    return {
+        "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+        "MILLRACE_KERNELS": "reference",
+    }  # fmt: skip
 
 
 def scratch_folder() -> str | None:

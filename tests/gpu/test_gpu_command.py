@@ -154,6 +154,16 @@ def test_a_group_that_cannot_be_opened_fails_its_rows(
     assert [entry.state for entry in journal.last().values()] == [State.FAILED] * 2
 
 
+def test_what_goes_wrong_with_a_peer_is_no_failure(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_part(monkeypatch, Row("a", fail), is_peer=True)
+    journal = Journal(setting.out / "rows.jsonl", "1")
+    run_part("checks", setting, journal, [], False)
+    (entry,) = journal.last().values()
+    assert (entry.state, entry.reason) == (State.ABSENT, "AssertionError: 3 is not 4")
+
+
 def test_nothing_measured_is_no_success(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "rows.jsonl", "1")
     assert command.verdict(["kernels"], journal) == ["nothing at all was measured"]
