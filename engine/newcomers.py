@@ -54,8 +54,9 @@ class Newcomers:
                 continue
             if self._comes_first(state, len(running)):
                 return state
-        head = self._head(len(running))
-        return head if head is not None and self._seats.admit(head) else None
+        if head is not None and self._comes_first(head, len(running)) and self._seats.admit(head):
+            return head
+        return None
 
     def interrupt(self, num_tokens: int) -> bool:
         """Whether the running step, of so many tokens, is dropped for one that waits.
@@ -65,7 +66,8 @@ class Newcomers:
         """
         if self._gave_way or self.room <= 0 or self._accounts.num_tenants == 1:
             return False
-        self._gave_way = self._seats.has_room and self._head(num_tokens) is not None
+        if self._seats.has_room and (head := self._accounts.head()) is not None:
+            self._gave_way = self._comes_first(head, num_tokens)
         return self._gave_way
 
     def computed(self, num_tokens: int, *, alone: bool) -> None:
@@ -75,15 +77,11 @@ class Newcomers:
         else:
             self._alone, self._gave_way = 0, False
 
-    def _head(self, num_tokens: int) -> RequestState | None:
-        """The first in the queues, if it is a newcomer."""
-        head = self._accounts.head()
-        return head if head is not None and self._comes_first(head, num_tokens) else None
-
     def _comes_first(self, state: RequestState, num_tokens: int) -> bool:
         """Whether a tenant's only request goes before so many tokens, others' among them."""
-        left = state.num_left
-        if state.num_output or state.num_unknown or num_tokens * _CROWD <= min(left, self.room):
+        if state.num_output or state.num_unknown:
+            return False
+        if num_tokens * _CROWD <= min(state.num_left, self.room):
             return False
         account = state.account
         others = [one.account for one in self._seats.running if one is not state]
