@@ -24,11 +24,8 @@ import multiprocessing
 import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +36,7 @@ import psutil
 
 from tests.bench.checkpoints import PEBBLE, SHAPES, make_checkpoint
 from tests.bench.report import Report
-from tests.bench.serve import free_port, percentile
+from tests.bench.serve import Server, percentile, server
 
 KEYS = """
 [[key]]
@@ -57,40 +54,17 @@ SINGLE = (("pebble", 64), ("pebble", 1000), ("46m", 64), ("46m", 512), ("0.6b", 
 """Models, and tokens of the single request's prompt."""
 
 
-class Server(NamedTuple):
-    """A running ``millrace serve``."""
-
-    url: str
-    pid: int
-
-
 @contextlib.contextmanager
-def server(*options: str, model: Path = PEBBLE) -> Iterator[Server]:
+def keyed_server(*options: str, model: Path = PEBBLE) -> Iterator[Server]:
     """Run the real command with three keys."""
-    port = free_port()
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as keys:
         keys.write(KEYS)
         keys.flush()
         os.chmod(keys.name, 0o600)
-        command = [sys.executable, "-m", "server", "serve", str(model), f"--port={port}"]
-        command += ["--served-model-name=model"]
-        command += [f"--api-key-file={keys.name}", "--log-level=warning", *options]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            for _ in range(1200):
-                with (
-                    contextlib.suppress(OSError),
-                    urllib.request.urlopen(f"{url}/ready", timeout=5),
-                ):
-                    break
-                if process.poll() is not None:
-                    raise RuntimeError(f"the server ended with {process.returncode}")
-                time.sleep(0.1)
-            yield Server(url, process.pid)
-        finally:
-            process.terminate()
-            process.wait(60)
+        all_options = ["--served-model-name=model", f"--api-key-file={keys.name}"]
+        all_options += ["--log-level=warning", *options]
+        with server("millrace", model, options=all_options, start_s=120, stop_s=60) as running:
+            yield running
 
 
 class Outcome(NamedTuple):
@@ -332,13 +306,13 @@ def main() -> None:
                 known = (
                     PEBBLE if model == "pebble" else make_checkpoint(SHAPES[model], Path(folder))
                 )
-                with server(model=known) as running:
+                with keyed_server(model=known) as running:
                     asyncio.run(single(report, model, running.url, num_prompt, args.seconds / 3))
     if "split" in wanted:
-        with server("--max-num-seqs=32") as running:
+        with keyed_server("--max-num-seqs=32") as running:
             asyncio.run(split(report, running.url, args.seconds / 2))
     if "overload" in wanted:
-        with server("--max-num-seqs=64", "--max-queue-wait=5") as running:
+        with keyed_server("--max-num-seqs=64", "--max-queue-wait=5") as running:
             asyncio.run(overload(report, running, args.seconds))
     report.show()
 

@@ -156,8 +156,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="millrace-bench-") as folder:
             checkpoint = make_checkpoint(shape, Path(folder))
             for kind in [given.only] if given.only else SERVERS:
-                with server(kind, checkpoint) as url:
-                    measure(report, f"{kind} 46m", url, given.rates, vocab=shape.vocab_size)
+                with server(kind, checkpoint) as running:
+                    label = f"{kind} 46m"
+                    measure(report, label, running.url, given.rates, vocab=shape.vocab_size)
     print(report.show())
 
 

@@ -127,10 +127,22 @@ def command_of(kind: str, checkpoint: Path, port: int, options: Sequence[str] = 
     return [sys.executable, "-m", "tests.bench.peer", str(checkpoint), str(port)]
 
 
+class Server(NamedTuple):
+    """A server that runs."""
+
+    url: str
+    pid: int
+
+
 @contextlib.contextmanager
 def server(
-    kind: str, checkpoint: Path, *, options: Sequence[str] = (), start_s: float = 60.0
-) -> Iterator[str]:
+    kind: str,
+    checkpoint: Path,
+    *,
+    options: Sequence[str] = (),
+    start_s: float = 60.0,
+    stop_s: float = 30.0,
+) -> Iterator[Server]:
     """Run a server on the checkpoint, ready to answer within ``start_s``."""
     port = free_port()
     command = command_of(kind, checkpoint, port, options)
@@ -145,10 +157,10 @@ def server(
             time.sleep(0.1)
         else:
             raise RuntimeError(f"the server is not ready after {start_s:.0f} s")
-        yield url
+        yield Server(url, process.pid)
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(stop_s)
 
 
 def model_at(url: str) -> str:
@@ -214,11 +226,11 @@ def main() -> None:
                     slow = () if args.all or args.only else SLOW.get((name, kind), ())
                     streams = [count for count in args.streams if count not in slow]
                     if streams:
-                        with server(kind, checkpoint) as url:
+                        with server(kind, checkpoint) as running:
                             measure(
                                 report,
                                 f"{kind} {name}",
-                                url,
+                                running.url,
                                 streams,
                                 vocab=SHAPES[name].vocab_size,
                                 rounds=1 if name == "0.6b" else 2,

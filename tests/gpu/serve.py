@@ -91,8 +91,8 @@ def _open(setting: Setting, model: str, mode: str) -> Iterator[Running]:
     kind = "transformers" if mode == "transformers" else "millrace"
     with tempfile.TemporaryDirectory(prefix="millrace-gpu-", dir=scratch_folder()) as name:
         checkpoint = make_filled(shape, Path(name), max_positions=4096)
-        with server(kind, checkpoint, options=options, start_s=START_S) as url:
-            running = Running(setting, url, shape)
+        with server(kind, checkpoint, options=options, start_s=START_S) as started:
+            running = Running(setting, started.url, shape)
             running.offer(4.0, 4)  # first uses are slow
             yield running
 
