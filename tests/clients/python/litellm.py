@@ -37,6 +37,17 @@ class _Calls:
     def ask(self, text: Any, **more: Any) -> Any:
         raise NotImplementedError
 
+    def _asked(self, **limit: int) -> dict[str, Any]:
+        """What every call says, and how long its answer may be."""
+        return {
+            "model": f"{self.PROVIDER}/{self.target.model}",
+            "api_base": self.target.url,
+            "api_key": self.target.key,
+            "temperature": 0,
+            "max_retries": 0,
+            **limit,
+        }
+
     async def bad_model(self) -> str:
         error = await raised(
             litellm.NotFoundError, lambda: self.ask(HELLO, model=f"{self.PROVIDER}/gpt-9")
@@ -64,15 +75,7 @@ class Chat(_Calls):
 
     def ask(self, text: Any, **more: Any) -> Any:
         messages = text if isinstance(text, list) else [{"role": "user", "content": text}]
-        asked = {
-            "model": f"{self.PROVIDER}/{self.target.model}",
-            "api_base": self.target.url,
-            "api_key": self.target.key,
-            "temperature": 0,
-            "max_tokens": 48,
-            "max_retries": 0,
-        }
-        return litellm.completion(messages=messages, **asked | more)
+        return litellm.completion(messages=messages, **self._asked(max_tokens=48) | more)
 
     def chat(self) -> None:
         answer = self.ask(HELLO)
@@ -127,15 +130,7 @@ class Responses(_Calls):
     REFUSED = "text.format.type"
 
     def ask(self, text: Any, **more: Any) -> Any:
-        asked = {
-            "model": f"{self.PROVIDER}/{self.target.model}",
-            "api_base": self.target.url,
-            "api_key": self.target.key,
-            "temperature": 0,
-            "max_output_tokens": 48,
-            "max_retries": 0,
-        }
-        return litellm.responses(input=text, **asked | more)
+        return litellm.responses(input=text, **self._asked(max_output_tokens=48) | more)
 
     def chat(self) -> None:
         answer = self.ask(HELLO)
@@ -214,15 +209,7 @@ class Completions(_Calls):
     PROVIDER = "text-completion-openai"
 
     def ask(self, text: Any, **more: Any) -> Any:
-        asked = {
-            "model": f"{self.PROVIDER}/{self.target.model}",
-            "api_base": self.target.url,
-            "api_key": self.target.key,
-            "temperature": 0,
-            "max_tokens": 24,
-            "max_retries": 0,
-        }
-        return litellm.text_completion(prompt=text, **asked | more)
+        return litellm.text_completion(prompt=text, **self._asked(max_tokens=24) | more)
 
     def chat(self) -> None:
         answer = self.ask(BEGINNING)
